@@ -1,0 +1,98 @@
+"""Whole run state on disk, written atomically: a kill at any moment leaves the previous checkpoint intact."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from diffalign.types import UserError
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """State after `step` optimizer steps."""
+
+    step: int
+    weights: dict[str, Tensor]  # the trainable parameters
+    ema: dict[str, Tensor]  # empty without EMA
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any]
+
+
+def save(run: Path, checkpoint: Checkpoint, fingerprint: str, keep: int) -> Path:
+    """Writes `run/checkpoints/step-XXXXXXXX` and removes all but the newest `keep`.
+
+    Raises:
+        UserError: the disk is full; the previous checkpoints are untouched.
+    """
+    folder = run / "checkpoints"
+    final = folder / f"step-{checkpoint.step:08d}"
+    temporary = folder / f".writing-{final.name}"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file({name: value.contiguous() for name, value in checkpoint.weights.items()}, temporary / "weights.safetensors")
+        save_file({name: value.contiguous() for name, value in checkpoint.ema.items()}, temporary / "ema.safetensors")
+        torch.save({"optimizer": checkpoint.optimizer, "scaler": checkpoint.scaler}, temporary / "optimizer.pt")
+        (temporary / "state.json").write_text(json.dumps({"step": checkpoint.step, "fingerprint": fingerprint}))
+        for path in temporary.iterdir():
+            with path.open("rb") as handle:
+                os.fsync(handle.fileno())
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        # torch and safetensors report a full disk as their own error types
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error) or "os error 28" in str(error)
+        if full or (isinstance(error, RuntimeError) and shutil.disk_usage(folder).free < 1 << 20):
+            raise UserError(f"no disk space for a checkpoint in {folder}: free some and run the same command again") from error
+        raise
+    for old in sorted(folder.glob("step-*"))[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def newest(run: Path) -> Path | None:
+    """The newest complete checkpoint of a run folder."""
+    found = sorted((run / "checkpoints").glob("step-*"))
+    return found[-1] if found else None
+
+
+def load(path: Path, fingerprint: str | None = None) -> Checkpoint:
+    """Reads a checkpoint; nothing is unpickled but tensors and plain containers.
+
+    Raises:
+        UserError: it is incomplete or broken, or belongs to another config.
+    """
+    try:
+        state = json.loads((path / "state.json").read_text())
+        extra = torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu")
+        weights, ema = load_file(path / "weights.safetensors"), load_file(path / "ema.safetensors")
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"checkpoint {path} is incomplete or broken ({error}): delete it to resume from the one before") from error
+    if fingerprint is not None and state["fingerprint"] != fingerprint:
+        raise UserError(f"checkpoint {path} belongs to another config: choose another train.out")
+    return Checkpoint(state["step"], weights, ema, extra["optimizer"], extra["scaler"])
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Writes a small text file so that readers see the old or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def as_tensors(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Detached copies on the CPU, for a checkpoint."""
+    return {name: value.detach().to("cpu", copy=True) for name, value in values.items()}

@@ -1,0 +1,1 @@
+"""Log-likelihoods of images or sampler steps: nothing else in training calls the network."""

@@ -1,0 +1,231 @@
+"""The types every layer shares: batches, likelihoods, records and the protocols of the seams.
+
+Shape letters everywhere: B prompts, K candidates per prompt, C H W latent axes, N = B*K folded, L tokens, D features.
+`t` lies in [0, 1] in every model family: 0 is data, 1 is noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+
+class UserError(ValueError):
+    """Bad input of the user: one line that names the file or key and what to do. The CLI exits with code 2 on it."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One preference record as read from disk: a prompt, K images, and how good each is.
+
+    `images` holds encoded files (JPEG, PNG, WebP bytes), never pixels, so that a record stays small.
+    `utility` is higher-is-better: (1, 0) for a pair won by the first image, (0.5, 0.5) for a tie, any reals for a list.
+    """
+
+    id: int  # 63-bit hash of prompt, captions and image bytes: caches and randomness are addressed by it
+    prompt: str
+    images: tuple[bytes, ...]
+    utility: tuple[float, ...]
+    captions: tuple[str, ...] | None = None  # one per image where they differ from the prompt (DCPO)
+    user: str | None = None
+    split: str | None = None
+    scores: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # scorer name -> a score per image
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def caption(self, k: int) -> str:
+        """The caption of candidate `k`: its own where the record has one, else the prompt."""
+        return self.captions[k] if self.captions else self.prompt
+
+
+@dataclass(frozen=True)
+class EndpointBatch:
+    """Finished images; the likelihood draws the noise level.
+
+    `visits` counts how often each record was drawn before: with `ids` it addresses all randomness of the draw, which
+    therefore depends neither on batch size nor on world size nor on where a run resumed.
+    """
+
+    ids: Int64[Tensor, " B"]
+    visits: Int64[Tensor, " B"]
+    x0: Float[Tensor, "B K C H W"]
+    cond: Mapping[str, Tensor]  # opaque to all but the model family, [B, K, ...]: a caption per candidate is normal
+    utility: Float[Tensor, "B K"]
+    mask: Bool[Tensor, "B K"]
+
+    def to(self, device: torch.device | str) -> EndpointBatch:
+        """The same batch on `device`."""
+        return replace(
+            self,
+            **{name: getattr(self, name).to(device) for name in ("ids", "visits", "x0", "utility", "mask")},
+            cond={key: value.to(device) for key, value in self.cond.items()},
+        )
+
+    def __getitem__(self, rows: slice) -> EndpointBatch:
+        """A slice of the prompts: micro-batches are slices of one global batch."""
+        return replace(
+            self,
+            **{name: getattr(self, name)[rows] for name in ("ids", "visits", "x0", "utility", "mask")},
+            cond={key: value[rows] for key, value in self.cond.items()},
+        )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def fold(x: Tensor) -> Tensor:
+    """[B, K, ...] to [N, ...], so that all candidates go through the network in one call."""
+    return x.flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class Likelihoods:
+    """All an objective may look at.
+
+    `logp` is the mean over latent dimensions of a Gaussian log-density, up to constants that cancel:
+    `-1/2 * mean squared error` for the ELBO. With it `beta` is Diffusion-DPO's beta digit for digit.
+    """
+
+    logp: Float[Tensor, "B K"]
+    logp_ref: Float[Tensor, "B K"] | None
+    utility: Float[Tensor, "B K"]
+    mask: Bool[Tensor, "B K"]
+    t: Float[Tensor, " B"] | None = None  # for metrics: the noise level, a mean over draws
+
+    @property
+    def error(self) -> Float[Tensor, "B K"]:
+        """The (weighted) squared error -2 * logp, the unit of the papers' e_w and e_l."""
+        return -2.0 * self.logp
+
+    @property
+    def logratio(self) -> Float[Tensor, "B K"]:
+        """logp - logp_ref.
+
+        Raises:
+            UserError: the run has no reference.
+        """
+        if self.logp_ref is None:
+            raise UserError("this objective compares with a reference: set reference.name to adapter_off or frozen")
+        return self.logp - self.logp_ref
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """A loss with what it was made of. The step's loss is the mean of `per_prompt` over the global batch."""
+
+    per_prompt: Float[Tensor, " B"]  # 0 where the objective does not apply to a prompt
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)  # name -> [B], detached; NaN marks "does not apply"
+
+    @property
+    def loss(self) -> Float[Tensor, ""]:
+        """The mean over the prompts given."""
+        return self.per_prompt.mean()
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """How data becomes noise and back, for one family of processes. All tensors broadcast over a leading [N]."""
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]: ...
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor: ...
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor: ...
+    def to_x0(self, pred: Tensor, xt: Tensor, t: Tensor) -> Tensor: ...
+    def to_noise(self, pred: Tensor, xt: Tensor, t: Tensor) -> Tensor: ...
+    def sample_t(self, u: Tensor, distribution: str) -> Tensor: ...
+    def network_time(self, t: Tensor) -> Tensor: ...
+    def weight(self, t: Tensor, name: str) -> Tensor: ...
+
+
+@runtime_checkable
+class Denoiser(Protocol):
+    """A network in its family's native target: `xt` [N C H W], `t` [N] in [0, 1], `cond` name -> [N, ...]."""
+
+    schedule: Schedule
+
+    def __call__(self, xt: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor: ...
+
+
+class Policy(Denoiser, Protocol):
+    """A denoiser that is trained; with an adapter, the same network without it."""
+
+    def adapter_off(self) -> AbstractContextManager[None]: ...
+
+
+class Reference(Protocol):
+    """The model a policy is compared with."""
+
+    def predict(self, xt: Tensor, t: Tensor, cond: Mapping[str, Tensor], ids: Tensor) -> Tensor | None: ...
+    def after_step(self, step: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a source must know of the run: which rows are this process's, and how long it goes."""
+
+    seed: int
+    steps: int
+    batch_size: int  # prompts per step over all processes
+    rank: int = 0
+    size: int = 1
+    barrier: Callable[[], None] = lambda: None
+
+    @property
+    def rows(self) -> range:
+        """This process's rows of a global batch."""
+        share = self.batch_size // self.size
+        return range(self.rank * share, (self.rank + 1) * share)
+
+
+class Batches(Protocol):
+    """A source made ready. `batch(step)` is this process's share of the step's global batch, the same on every call."""
+
+    def batch(self, step: int) -> Any: ...
+    def holdout(self, num_prompts: int, batch_size: int) -> Iterator[Any]: ...
+    def facts(self) -> Mapping[str, Any]: ...
+
+
+class Source(Protocol):
+    """Who is compared with whom."""
+
+    gives: ClassVar[frozenset[str]]
+
+    def prepare(self, policy: Any, setting: Setting) -> Batches: ...
+
+
+class Likelihood(Protocol):
+    """Draws t and noise, runs policy and reference once each on the same inputs."""
+
+    def __call__(self, policy: Denoiser, reference: Reference, batch: Any) -> Likelihoods: ...
+
+
+class Objective(Protocol):
+    """Pure arithmetic on `Likelihoods`. `needs` is checked before any weight is loaded."""
+
+    needs: ClassVar[frozenset[str]]
+
+    def __call__(self, likelihoods: Likelihoods) -> LossOutput: ...
+
+
+@dataclass(frozen=True)
+class ScorerInfo:
+    """What a score means; part of every cache key and report."""
+
+    name: str
+    version: str
+    inputs: tuple[str, ...]  # of "image", "prompt"
+    unit: str
+    expected_range: tuple[float, float]
+    differentiable: bool = False
+
+
+class Scorer(Protocol):
+    """Scores N images against N prompts; float32 [N], higher is better."""
+
+    info: ScorerInfo
+
+    def score(self, images: list[Any], prompts: list[str]) -> Float[Tensor, " N"]: ...
