@@ -1,4 +1,4 @@
-"""Strict JSON for every file the toolkit writes: NaN and infinity become null, numpy and torch values become numbers."""
+"""Strict JSON for every file the toolkit writes: NaN and infinity become null, tensors become numbers."""
 
 from __future__ import annotations
 

@@ -271,6 +271,14 @@ def _override(token: str) -> dict[str, Any]:
     return value
 
 
+def merge_overrides(tokens: Sequence[str]) -> dict[str, Any]:
+    """`key=value` tokens as nested sections."""
+    merged: dict[str, Any] = {}
+    for token in tokens:
+        merged = _merge(merged, _override(token))
+    return merged
+
+
 def resolve(tokens: Sequence[str | Mapping[str, Any]]) -> Config:
     """Merges config names, paths, mappings and `key=value` overrides, and builds every section.
 

@@ -9,7 +9,7 @@ import importlib
 import json
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -25,8 +25,11 @@ FILE_NAME = "metrics.jsonl"
 
 
 def reduce(metrics: Mapping[str, Tensor]) -> dict[str, float]:
-    """Means of unreduced metrics {name: [B]} that ignore NaN, the mark of "does not apply"; NaN where nothing applies."""
-    return {name: float(values.detach().double().nanmean()) for name, values in metrics.items()}
+    """Means of unreduced metrics {name: [B]} that ignore NaN ("does not apply"); NaN where nothing applies."""
+    if not metrics:
+        return {}
+    means = torch.stack([values.detach().float().nanmean() for values in metrics.values()])  # one device sync for all
+    return dict(zip(metrics, means.tolist(), strict=True))
 
 
 def by_bucket(
@@ -72,9 +75,9 @@ class _TensorBoard:
 class _Service:
     """W&B, or trackio, which has the same three calls."""
 
-    def __init__(self, module: Any, folder: Path, **options: Any):
+    def __init__(self, module: Any, project: str, folder: Path, **options: Any):
         self._module = module
-        module.init(project="diffalign", name=folder.name, resume="allow", **options)
+        module.init(project=project, name=folder.resolve().name, resume="allow", **options)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         self._module.log(dict(scalars), step=step)
@@ -95,25 +98,24 @@ def _check_tracker(name: str) -> None:
         raise UserError(f"log.trackers: {name} is not installed; run: pip install 'diffalign[track]'") from error
 
 
-def _open_tracker(name: str, folder: Path, first_step: int) -> Tracker:
+def _open_tracker(name: str, project: str, folder: Path, first_step: int) -> Tracker:
     if name == "tensorboard":
         return _TensorBoard(folder, first_step)
     module = importlib.import_module(name)
     if name == "trackio":
-        return _Service(module, folder)
+        return _Service(module, project, folder)
     id_file = folder / "wandb_id"  # a resumed run continues its own W&B run, a new one never joins an old one
     if first_step == 0 or not id_file.exists():
         id_file.write_text(uuid.uuid4().hex[:16])
-    return _Service(module, folder, dir=str(folder), id=id_file.read_text().strip())
+    return _Service(module, project, folder, dir=str(folder), id=id_file.read_text().strip())
 
 
-def _scan(path: Path) -> list[tuple[dict[str, Any], int]]:
+def _scan(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
     """(row, byte offset of its end) of every whole line; a torn last line, as SIGKILL leaves it, is not one.
 
     Raises:
         UserError: a broken line that is not the last.
     """
-    rows: list[tuple[dict[str, Any], int]] = []
     end, broken = 0, 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -127,8 +129,7 @@ def _scan(path: Path) -> list[tuple[dict[str, Any], int]]:
                 broken = number
                 continue
             end += len(line)
-            rows.append((row, end))
-    return rows
+            yield row, end
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -147,29 +148,30 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 class MetricsLog:
     """Appends one JSON object per step to `folder/metrics.jsonl` and mirrors its scalars to the trackers.
 
-    Lines are flushed one by one, so a killed run loses at most the line it was writing. Only the main process makes one.
+    Lines are flushed one by one: a killed run loses at most the line it was writing. For the main process only.
 
     Args:
         folder: the run folder.
         trackers: of "tensorboard", "wandb", "trackio" (config key `log.trackers`).
+        project: the project's name at W&B or trackio.
 
     Raises:
         UserError: an unknown tracker, or one that is not installed.
     """
 
-    def __init__(self, folder: str | Path, trackers: Sequence[str] = ()):
+    def __init__(self, folder: str | Path, trackers: Sequence[str] = (), project: str = "diffalign"):
         self.folder = Path(folder)
         self.path = self.folder / FILE_NAME
         for name in trackers:
             _check_tracker(name)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path.touch()
-        self._names = tuple(trackers)
+        self._names, self._project = tuple(trackers), project
         self._trackers: list[Tracker] | None = None  # opened at the first step, once a resume is settled
         self._file: Any = None
         self._last_step = self._keep(lambda row: True)
 
-    def _keep(self, wanted: Any) -> int:
+    def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> int:
         """Cuts the file at the first row that is not wanted, or torn; returns the last step left, -1 for none."""
         end, last_step = 0, -1
         for row, row_end in _scan(self.path):
@@ -194,7 +196,8 @@ class MetricsLog:
         row = {"step": int(step), **finite(values)}
         if self._file is None:
             self._file = self.path.open("a", encoding="ascii", buffering=1)
-            self._trackers = [_open_tracker(name, self.folder, self._last_step + 1) for name in self._names]
+            first_step = self._last_step + 1
+            self._trackers = [_open_tracker(name, self._project, self.folder, first_step) for name in self._names]
         self._file.write(to_json(row) + "\n")
         self._last_step = int(step)
         scalars = {

@@ -29,7 +29,7 @@ def generator(*parts: int | str) -> torch.Generator:
 def _draw(kind: str, seed: int, stream: str, ids: Tensor, draws: Tensor, shape: Sequence[int]) -> Tensor:
     sample = torch.randn if kind == "normal" else torch.rand
     rows = [
-        sample(*shape, generator=generator(seed, stream, record, draw))
+        sample(tuple(shape), generator=generator(seed, stream, record, draw))
         for record, draw in zip(ids.tolist(), draws.tolist(), strict=True)
     ]
     return torch.stack(rows) if rows else torch.empty(0, *shape)

@@ -1,0 +1,33 @@
+"""Preference records on disk: readers, the tie policy, the report of bad rows, and the cache of encoded records.
+
+Every file without a leading underscore is a layout that `data: {name: ..., path: ...}` builds. The rest of the public
+interface is here.
+"""
+
+from __future__ import annotations
+
+from diffalign.data._build import build_cache
+from diffalign.data._cache import Cache
+from diffalign.data._encode import Encoder
+from diffalign.data._fly import OnTheFly
+from diffalign.data._reader import Reader, good_records, prompt_key
+from diffalign.data._report import BadRow, Report
+from diffalign.data._size import CacheSize, estimate_cache_bytes
+from diffalign.data._split import split_holdout
+from diffalign.data._writer import RecordWriter
+
+__all__ = [
+    "BadRow",
+    "Cache",
+    "CacheSize",
+    "Encoder",
+    "OnTheFly",
+    "Reader",
+    "RecordWriter",
+    "Report",
+    "build_cache",
+    "estimate_cache_bytes",
+    "good_records",
+    "prompt_key",
+    "split_holdout",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -16,9 +16,10 @@ from diffalign.types import Policy
 class AdapterOff:
     """Runs the same module under the same precision, so that at step 0 the margin is exactly 0."""
 
-    policy: Policy | None = field(default=None, init=False, repr=False)
-
     gives: ClassVar[frozenset[str]] = frozenset({"reference"})
+
+    def __post_init__(self) -> None:
+        self.policy: Policy | None = None  # no field: it is no config key
 
     def bind(self, policy: Policy) -> AdapterOff:
         """Remembers the policy.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -17,9 +17,10 @@ from diffalign.types import Policy
 class Frozen:
     """Costs a second copy of the denoiser's weights; everything else is shared with the policy."""
 
-    policy: Policy | None = field(default=None, init=False, repr=False)
-
     gives: ClassVar[frozenset[str]] = frozenset({"reference"})
+
+    def __post_init__(self) -> None:
+        self.policy: Policy | None = None  # no field: it is no config key
 
     def bind(self, policy: Policy) -> Frozen:
         """Copies the denoiser as it is now: call it before a checkpoint is loaded."""

@@ -1,0 +1,1 @@
+"""Who is compared with whom: where the batches of a training run come from."""

@@ -1,0 +1,107 @@
+"""The verbs as Python functions: keyword arguments only, the same configs and the same results as the command line.
+
+    import diffalign
+    run = diffalign.train(configs=["sdxl", "diffusion-dpo"], model={"path": "FOLDER"}, source={"data": {"path": "pairs"}})
+    diffalign.evaluate(configs=["sdxl"], model={"path": "FOLDER"}, evaluate={"adapters": [str(run.folder / "export")],
+                                                                          "prompts": "prompts.txt"})
+
+`configs` lists names or paths of config files, merged from left to right; every further keyword is a section.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffalign.config import Config, resolve
+from diffalign.registry import build
+
+if TYPE_CHECKING:
+    from diffalign.recipes.evaluate import Evaluation
+    from diffalign.recipes.train import TrainResult
+
+__all__ = ["build", "check", "compare", "configure", "demo", "evaluate", "export", "generate", "label", "score", "train"]
+
+Section = Mapping[str, Any]
+
+
+def configure(*, configs: Sequence[str | Section] = (), **sections: Section) -> Config:
+    """The resolved config that the other verbs would use.
+
+    Raises:
+        UserError: an unknown file, section, key or name, or a wrong type.
+    """
+    return resolve([*configs, sections])
+
+
+def generate(*, configs: Sequence[str | Section] = (), quiet: bool = False, **sections: Section) -> Path:
+    """Makes images (section `generate`); returns their folder."""
+    from diffalign.recipes.generate import generate as recipe
+
+    return recipe(configure(configs=configs, **sections), quiet)
+
+
+def score(*, configs: Sequence[str | Section] = (), quiet: bool = False, **sections: Section) -> Path:
+    """Scores generated images (section `score`); returns the JSONL file of scores."""
+    from diffalign.recipes.score import score as recipe
+
+    return recipe(configure(configs=configs, **sections), quiet)
+
+
+def label(*, configs: Sequence[str | Section] = (), quiet: bool = False, **sections: Section) -> Path:
+    """Makes preference records of scores (section `label`); returns their folder."""
+    from diffalign.recipes.label import label as recipe
+
+    return recipe(configure(configs=configs, **sections), quiet)
+
+
+def train(
+    *,
+    configs: Sequence[str | Section] = (),
+    callbacks: Sequence[Callable[[int, Mapping[str, float]], None]] = (),
+    quiet: bool = False,
+    **sections: Section,
+) -> TrainResult:
+    """Fine-tunes on preferences, or goes on where the same config stopped; each callback gets (step, metrics)."""
+    from diffalign.recipes.train import train as recipe
+
+    return recipe(configure(configs=configs, **sections), callbacks, quiet)
+
+
+def evaluate(*, configs: Sequence[str | Section] = (), quiet: bool = False, **sections: Section) -> Evaluation:
+    """Compares adapters with their base (section `evaluate`); writes the report."""
+    from diffalign.recipes.evaluate import evaluate as recipe
+
+    return recipe(configure(configs=configs, **sections), quiet)
+
+
+def compare(
+    *, scores: Mapping[str, Mapping[str, Any]], prompts: Sequence[str], seeds: Sequence[int], baseline: str, **options: Any
+) -> Any:
+    """Win rates and means with paired intervals from arrays of scores; see `diffalign.evaluation.compare`."""
+    from diffalign.evaluation import compare as statistics
+
+    return statistics(scores, prompts, seeds, baseline, **options)
+
+
+def export(*, configs: Sequence[str | Section] = (), **sections: Section) -> Path:
+    """Writes a run's weights in another format (section `export`); returns the folder."""
+    from diffalign.recipes.export import export as recipe
+
+    return recipe(configure(configs=configs, **sections))
+
+
+def check(*, configs: Sequence[str | Section] = (), **sections: Section) -> dict[str, Any]:
+    """A dry run on the family's tiny twin, with estimates of memory, disk and time of the real run."""
+    from diffalign.recipes.check import check as recipe
+
+    return recipe(configure(configs=configs, **sections))
+
+
+def demo(*, model: str = "sprites-sdxl", out: str | None = None, quiet: bool = False, **sections: Section) -> Evaluation:
+    """The whole loop on an embedded model; returns its evaluation."""
+    from diffalign.recipes.demo import demo as recipe
+
+    config = configure(configs=[model, "diffusion-dpo", "demo"], **sections)
+    return recipe(config, Path(out or f"runs/demo-{model}"), quiet)

@@ -1,0 +1,165 @@
+"""The command line: `diffalign VERB [config ...] [key=value ...]`.
+
+Exit codes: 0 done, 1 the run failed, 2 the user's input was wrong (one line on stderr; --debug shows the traceback).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffalign import __version__
+from diffalign.types import UserError
+
+if TYPE_CHECKING:
+    from diffalign.evaluation import Comparison
+
+VERBS = {
+    "generate": "prompts to images",
+    "score": "images to scores",
+    "label": "scores to preference records",
+    "train": "fine-tune on preferences; the same command resumes",
+    "evaluate": "base and adapters on the same prompts and seeds: win rates, grid, report",
+    "export": "a run's weights as diffusers LoRA or pipeline, or with webui keys",
+    "check": "dry run on a tiny twin; estimates memory, disk and time of the real one",
+    "demo": "the whole loop on an embedded model (sprites-sdxl or sprites-sd3)",
+    "list": "methods, models, scorers or data",
+    "doctor": "what this machine has",
+}
+
+EPILOG = """examples:
+  diffalign demo sprites-sdxl
+  diffalign train sdxl diffusion-dpo model.path=FOLDER source.data.path=pairs.parquet train.steps=2000
+  diffalign check sdxl diffusion-dpo model.path=FOLDER source.data.path=pairs.parquet
+  diffalign evaluate sdxl model.path=FOLDER evaluate.adapters=[runs/sdxl-diffusion-dpo/export] evaluate.prompts=p.txt
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="diffalign",
+        description="Preference alignment of text-to-image diffusion models.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"diffalign {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb, text in VERBS.items():
+        sub = verbs.add_parser(verb, help=text, description=text)
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        if verb == "list":
+            sub.add_argument("kind", choices=("methods", "models", "scorers", "data", "objectives"))
+        elif verb != "doctor":
+            sub.add_argument("--quiet", action="store_true", help="no progress")
+            sub.add_argument(
+                "config", nargs="*", help="config names or paths, merged from left to right, then key=value"
+            )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        _run(arguments)
+    except UserError as error:
+        if arguments.debug:
+            raise
+        print(f"diffalign {arguments.verb}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"diffalign {arguments.verb}: interrupted; the same command resumes", file=sys.stderr)
+        return 1
+    except (FloatingPointError, RuntimeError, OSError, MemoryError) as error:
+        if arguments.debug:
+            raise
+        print(f"diffalign {arguments.verb}: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    verb = arguments.verb
+    if verb == "list":
+        _list(arguments.kind)
+        return
+    if verb == "doctor":
+        from diffalign.recipes.doctor import doctor
+
+        print("\n".join(doctor()))
+        return
+    from diffalign import api
+    from diffalign.config import resolve
+
+    tokens: list[str] = arguments.config
+    if verb == "demo":
+        models = [token for token in tokens if "=" not in token] or ["sprites-sdxl"]
+        overrides: dict[str, Any] = resolve_overrides([token for token in tokens if "=" in token])
+        show_evaluation(api.demo(model=models[0], quiet=arguments.quiet, **overrides))
+        return
+    if not tokens:
+        raise UserError("name a config, such as sdxl or a path, or give key=value; `diffalign list methods` shows names")
+    if verb == "check":
+        from diffalign.recipes.check import check
+
+        print(check(resolve(tokens))["text"])
+        return
+    options = {} if verb == "export" else {"quiet": arguments.quiet}
+    result = getattr(api, verb)(configs=tokens, **options)
+    _show(verb, result)
+
+
+def resolve_overrides(tokens: Sequence[str]) -> dict[str, Any]:
+    """key=value tokens as nested sections."""
+    from diffalign.config import merge_overrides
+
+    return merge_overrides(tokens)
+
+
+def _show(verb: str, result: Any) -> None:
+    if verb == "train":
+        print(f"trained {result.steps} steps; weights in {result.folder / 'export'}")
+        if result.check.get("image_mean_difference") is not None:
+            print(f"self-check: export covers {result.check['num_targets_covered']} of {result.check['num_targets']}"
+                  f" targets, a fixed-seed picture changed by {result.check['image_mean_difference']:.2f} of 255")
+    elif verb == "evaluate":
+        show_evaluation(result)
+    else:
+        print(result)
+
+
+def show_evaluation(result: Any) -> None:
+    """The headline of an evaluation, as lines."""
+    comparison: Comparison = result.comparison
+    for row in comparison.rows:
+        if row.category is None:
+            line = f"{row.model}: {row.scorer} {row.mean.mean:.4f} +- {row.mean.se:.4f}"
+            if row.win is not None:
+                line += f", wins {100 * row.win.rate:.1f} % [{100 * row.win.low:.1f}, {100 * row.win.high:.1f}]"
+                line += f" against {comparison.baseline}: {row.verdict}"
+            print(line)
+    print(f"{comparison.num_prompts} prompts x {comparison.num_seeds} seeds; report: {result.report}")
+
+
+def _list(kind: str) -> None:
+    from diffalign.config import config_folder, config_names
+    from diffalign.registry import PACKAGES, names
+
+    if kind in ("methods", "models"):
+        for name in config_names(kind):
+            print(f"{name:20s} {_first_comment(config_folder() / kind / f'{name}.yaml')}")
+        return
+    registry_kind = {"scorers": "scorer", "data": "data", "objectives": "objective"}[kind]
+    folder = Path(__file__).parent / PACKAGES[registry_kind].rpartition(".")[2]
+    for name in names(registry_kind):
+        docstring = ast.get_docstring(ast.parse((folder / f"{name}.py").read_text())) or ""
+        print(f"{name:20s} {docstring.splitlines()[0] if docstring else ''}")
+
+
+def _first_comment(path: Path) -> str:
+    first = path.read_text().split("\n", 1)[0]
+    return first.lstrip("# ") if first.startswith("#") else ""

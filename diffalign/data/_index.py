@@ -1,0 +1,121 @@
+"""The index of a data set's cache: where each record's latents and texts lie; written when both are complete."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from diffalign.data._atomic import atomic_path
+from diffalign.data._latents import chunk_path
+from diffalign.data._reader import caption_key
+from diffalign.data._report import Report
+from diffalign.data._shard import DamagedFile, OpenShards, Shard
+from diffalign.data._text import CRCS, TextStore
+
+logger = logging.getLogger("diffalign.data")
+
+FORMAT = 1  # of all files of the cache; part of every key
+POLL = 0.2  # seconds between looks at what other ranks wrote
+PATIENCE = 60.0  # seconds between lines about waiting for them
+
+INDEX = np.dtype(
+    [
+        ("id", "<i8"),
+        ("prompt", "<i8"),  # hash of the prompt, for hold-outs
+        ("row", "<i8"),  # of the reader
+        ("first", "<i8"),  # of its rows in candidates.npy
+        ("chunk", "<i4"),
+        ("start", "<i4"),  # first row in the chunk's tensors
+        ("bucket", "<i2"),
+        ("num", "<i2"),  # candidates
+        ("crc", "<u4", (2,)),  # of the latents, by flip
+    ]
+)
+CANDIDATES = np.dtype(
+    [
+        ("utility", "<f8"),
+        ("text_shard", "<i4"),
+        ("text_row", "<i4"),
+        ("text_crc", "<u4"),
+        ("original", "<i4", (2,)),
+        ("crop", "<i4", (3,)),  # top, left, left of the mirrored image
+    ]
+)
+
+
+def chunk_infos(folder: Path, key: str, num: int) -> Iterator[dict[str, Any]]:
+    """What is written in each chunk, in order; waits for those that other ranks have still to write."""
+    told = time.monotonic()
+    for number in range(num):
+        while True:
+            try:
+                info = Shard(chunk_path(folder, number)).info
+                if info["key"] == key:
+                    break
+            except (DamagedFile, KeyError, ValueError):
+                pass  # not there yet
+            if time.monotonic() - told > PATIENCE:
+                logger.info("waiting for other ranks: chunk %d of %d", number, num)
+                told = time.monotonic()
+            time.sleep(POLL)
+        yield info
+
+
+def chunk_captions(infos: Iterable[dict[str, Any]]) -> Iterator[str]:
+    for info in infos:
+        yield from info["captions"]
+
+
+def _header(file: BinaryIO, kind: np.dtype, num: int) -> None:
+    """The head of a .npy file whose rows follow piece by piece (a memory map would hide a full disk)."""
+    descr = np.lib.format.dtype_to_descr(kind)
+    np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": (num,)})
+
+
+def _rows_of(
+    info: dict[str, Any], number: int, first: int, text: Path, store: TextStore, shards: OpenShards
+) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of one chunk for index.npy and candidates.npy; `first` is its first row in the latter."""
+    places = store.locate(np.array([caption_key(caption) for caption in info["captions"]], np.int64))
+    crcs = [int(shards[text / store.shards[shard]].rows(CRCS, row, 1)[0]) for shard, row in places]
+    records: list[tuple[Any, ...]] = []
+    candidates: list[tuple[Any, ...]] = []
+    for record in info["records"]:
+        place = (record["id"], record["prompt"], record["row"], first + len(candidates), number, record["start"])
+        records.append((*place, record["bucket"], len(record["utility"]), tuple((record["crc"] * 2)[:2])))
+        for k, caption in enumerate(record["captions"]):
+            shard, row = places[caption]
+            original, crop = tuple(record["original"][k]), tuple(record["crop"][k])
+            candidates.append((record["utility"][k], shard, row, crcs[caption], original, crop))
+    return np.array(records, INDEX), np.array(candidates, CANDIDATES)
+
+
+def write_index(
+    folder: Path, latents: Path, key: str, num_chunks: int, text: Path, store: TextStore, report: Report
+) -> tuple[int, int, Report]:
+    """Writes index.npy and candidates.npy; returns the numbers of records and candidates and the completed report.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    infos = chunk_infos(latents, key, num_chunks)
+    counts = [(len(info["records"]), sum(len(r["utility"]) for r in info["records"])) for info in infos]
+    num_records, num_candidates = sum(count[0] for count in counts), sum(count[1] for count in counts)
+    shards = OpenShards()
+    first = 0
+    with atomic_path(folder / "index.npy") as index_path, atomic_path(folder / "candidates.npy") as candidates_path:
+        with open(index_path, "wb") as index, open(candidates_path, "wb") as candidates:
+            _header(index, INDEX, num_records)
+            _header(candidates, CANDIDATES, num_candidates)
+            for number, info in enumerate(chunk_infos(latents, key, num_chunks)):
+                report = report.merged(info["bad"])
+                records_rows, candidates_rows = _rows_of(info, number, first, text, store, shards)
+                index.write(records_rows.tobytes())
+                candidates.write(candidates_rows.tobytes())
+                first += len(candidates_rows)
+    return num_records, num_candidates, report

@@ -1,0 +1,60 @@
+"""The end of a run: sample grids, the export, and the proof that something was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffalign.config import Config
+from diffalign.recipes import _run
+from diffalign.recipes._images import sample_images
+from diffalign.report import image_grid
+
+SAMPLE_SEED = 20_000  # of the fixed-prompt grids: the same noise at every step and in every run
+
+
+def sample_prompts(config: Config, batches: Any) -> list[str]:
+    """The prompts of the sample grids: configured, or the first held-out ones."""
+    return list(config.train.sample_prompts) or list(batches.facts().get("sample_prompts", []))
+
+
+def sample_grid(model: Any, config: Config, batches: Any, folder: Path, step: int) -> np.ndarray:
+    """Writes samples/step-XXXXXXXX.png and returns its pictures, uint8 [N, H, W, 3]."""
+    prompts = sample_prompts(config, batches)
+    images = sample_images(model, prompts, [0] * len(prompts), SAMPLE_SEED, config.sampling)
+    (folder / "samples").mkdir(exist_ok=True)
+    image_grid(list(images), len(prompts), 1, prompts, folder / "samples" / f"step-{step:08d}.png")
+    return images
+
+
+def export_and_check(model: Any, config: Config, batches: Any, folder: Path) -> dict[str, Any]:
+    """Exports to `folder/export` and writes export_check.json.
+
+    Raises:
+        RuntimeError: the export is empty, does not cover its targets, or leaves a fixed-seed picture as it was.
+    """
+    images = sample_grid(model, config, batches, folder, config.train.steps)
+    result: dict[str, Any] = {"steps": config.train.steps}
+    if getattr(config.model, "trainable", "lora") == "lora":
+        with model.adapter_off():
+            base = sample_grid(model, config, batches, folder, 0)
+        difference = np.abs(images.astype(int) - base.astype(int))
+        result |= {"image_mean_difference": float(difference.mean()), "image_max_difference": int(difference.max())}
+    model.export(folder / "export")
+    result |= model.adapter_stats()
+    problems = [
+        text
+        for failed, text in (
+            (result.get("norm", 1) == 0, "all exported weights are zero"),
+            (result.get("num_targets_covered", 0) < result.get("num_targets", 0), "some LoRA targets were not trained"),
+            (result.get("image_max_difference", 1) == 0, "a fixed-seed picture is the base model's"),
+        )
+        if failed
+    ]
+    result["problems"] = problems
+    _run.write_json(folder / "export_check.json", result)
+    if problems:
+        raise RuntimeError(f"the run in {folder} trained nothing useful: {'; '.join(problems)}")
+    return result

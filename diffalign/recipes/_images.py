@@ -1,0 +1,61 @@
+"""Prompts to pictures with addressed noise: the same prompt, seed and number give every model the same start."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffalign import randomness
+from diffalign.config import Sampling
+from diffalign.sampling import sample
+
+if TYPE_CHECKING:
+    from diffalign.models._model import Model
+
+
+def prompt_cond(model: Model, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Conditioning rows of the prompts at the model's resolution, uncropped."""
+    unique = list(dict.fromkeys(prompts))
+    rows = torch.tensor([unique.index(prompt) for prompt in prompts])
+    text = {key: value[rows] for key, value in model.encode_prompts(unique).items()}
+    return text | _full_size(model, len(prompts))
+
+
+def _full_size(model: Model, num: int) -> Mapping[str, Tensor]:
+    size = torch.tensor(model.resolution).expand(num, 2)
+    return model.size_cond(size, torch.zeros_like(size), size)
+
+
+@torch.no_grad()
+def sample_images(
+    model: Model, prompts: Sequence[str], numbers: Sequence[int], seed: int, sampling: Sampling
+) -> np.ndarray:
+    """Image `numbers[i]` of `prompts[i]`: uint8 [N, H, W, 3]. One call: the caller makes batches."""
+    num, device = len(prompts), model.device
+    ids = torch.tensor([randomness.address(prompt) for prompt in prompts])
+    draws = torch.tensor(list(numbers))
+    shape = model.latent_shape(*model.resolution)
+
+    def noise(stream: str) -> Tensor:
+        return randomness.normal(seed, stream, ids, draws, shape).to(device)
+
+    empty = {key: value.expand(num, *value.shape[1:]) for key, value in model.empty_prompt().items()}
+    cond = {key: value.to(device) for key, value in prompt_cond(model, prompts).items()}
+    uncond = {key: value.to(device) for key, value in (empty | dict(_full_size(model, num))).items()}
+    latents = sample(
+        model,
+        cond,
+        uncond,
+        noise("start"),
+        sampler=sampling.sampler,
+        num_steps=sampling.num_steps,
+        cfg_scale=sampling.cfg_scale,
+        eta=sampling.eta,
+        step_noise=lambda index: noise(f"step {index}"),
+    )
+    pixels = model.decode(latents).permute(0, 2, 3, 1)
+    return (pixels.float().cpu().numpy() * 255).round().clip(0, 255).astype(np.uint8)

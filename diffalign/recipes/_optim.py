@@ -1,0 +1,83 @@
+"""Optimizers, learning rates as a function of the step, and the moving average of the weights."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from diffalign.config import Train
+from diffalign.types import UserError
+
+
+def learning_rate(config: Train, step: int) -> float:
+    """The rate of 0-based `step`: linear warm-up, then constant, linear or cosine decay to 0 at `steps`.
+
+    A function of the step alone, so that resuming needs no scheduler state.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    if config.lr_schedule == "linear":
+        return config.lr * (1 - done)
+    if config.lr_schedule == "cosine":
+        return config.lr * 0.5 * (1 + math.cos(math.pi * done))
+    return config.lr
+
+
+def build_optimizer(config: Train, parameters: list[Tensor]) -> torch.optim.Optimizer:
+    """AdamW (fused where the device has it), 8-bit AdamW through bitsandbytes, or Adafactor.
+
+    Raises:
+        UserError: adamw8bit without bitsandbytes.
+    """
+    if config.optimizer == "adafactor":
+        return torch.optim.Adafactor(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    if config.optimizer == "adamw8bit":
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise UserError("train.optimizer=adamw8bit needs bitsandbytes: pip install 'diffalign[8bit]', or use adamw")
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(
+            parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+        )
+    return torch.optim.AdamW(
+        parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+    )
+
+
+class Ema:
+    """Exponential moving average of the trainable weights, kept beside them; off with decay 0."""
+
+    def __init__(self, decay: float, parameters: Mapping[str, Tensor]) -> None:
+        self.decay, self.parameters = decay, parameters
+        self.shadow = {name: p.detach().clone() for name, p in parameters.items()} if decay else {}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """shadow <- decay shadow + (1 - decay) weights."""
+        for name, average in self.shadow.items():
+            average.lerp_(self.parameters[name], 1 - self.decay)
+
+    @torch.no_grad()
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        """Restores the average of a checkpoint."""
+        for name, value in values.items():
+            self.shadow[name].copy_(value)
+
+    @contextmanager
+    @torch.no_grad()
+    def swapped_in(self) -> Iterator[None]:
+        """The averaged weights in the model's place, for samples and export."""
+        kept = {name: self.parameters[name].detach().clone() for name in self.shadow}
+        for name, average in self.shadow.items():
+            self.parameters[name].copy_(average)
+        try:
+            yield
+        finally:
+            for name, value in kept.items():
+                self.parameters[name].copy_(value)

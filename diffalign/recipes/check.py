@@ -1,0 +1,166 @@
+"""A dry run: the config resolved, one step on the family's tiny twin, and what the real run will take."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffalign.config import TRAINING_SECTIONS, Config
+from diffalign.recipes.train import check_needs, run_folder, set_up, train_step
+
+EFFICIENCY = 0.4  # share of the measured matrix speed that a training step reaches; a rule of thumb, so times are rough
+TWIN_RECORDS = 4
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**26 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def matrix_speed(device: str, precision: str) -> float:
+    """FLOP/s of large matrix products in the run's precision on this machine."""
+    import torch
+
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    size = 4096 if device.startswith("cuda") else 1024
+    a = torch.randn(size, size, device=device).to(dtype)
+    for _ in range(2):
+        a @ a
+    repeats, begun = 10, time.perf_counter()
+    for _ in range(repeats):
+        a @ a
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return 2 * size**3 * repeats / (time.perf_counter() - begun)
+
+
+def twin_step(config: Config) -> dict[str, float]:
+    """One real step on the tiny twin: with the configured data where it can be read, in a folder that is thrown away."""
+    with tempfile.TemporaryDirectory(prefix="diffalign-check-") as folder:
+        model = replace(config.model, path="tiny", resolution=None, variant=None, revision=None, compile=False)
+        source = replace(config.source, cache_dir=str(Path(folder) / "cache"))
+        if config.source.data.get("path") is None:
+            source = replace(source, data={"name": "records", "path": str(_synthetic(Path(folder)))})
+        else:
+            source = replace(source, cache=False)
+        train = replace(config.train, out=str(Path(folder) / "run"), steps=1, batch_size=2, micro_batch_size=None)
+        log = replace(config.log, trackers=())
+        trainer = set_up(replace(config, model=model, source=source, train=train, log=log))
+        return train_step(trainer, trainer.batches.batch(0), 0)
+
+
+def _synthetic(folder: Path) -> Path:
+    """A few noise pairs, for configs that name no data yet."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    from diffalign.data import RecordWriter
+    from diffalign.types import Record
+
+    rng = np.random.default_rng(0)
+
+    def noise() -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(buffer, format="png")
+        return buffer.getvalue()
+
+    with RecordWriter(folder / "pairs") as writer:
+        for index in range(TWIN_RECORDS):
+            writer.write(Record(index, f"a picture {index}", (noise(), noise()), (1.0, 0.0)))
+    return folder / "pairs"
+
+
+def estimate(config: Config) -> dict[str, Any]:
+    """Memory per device, time and disk of the real run; rough, and named as such."""
+    import torch
+
+    from diffalign.models._plan import plan
+
+    device = "cuda" if torch.cuda.is_available() and config.train.device != "cpu" else "cpu"
+    precision = config.train.precision
+    if precision == "auto":
+        precision = "bf16" if device == "cuda" else "fp32"
+    of_model = plan(config.model)
+    is_full = config.model.trainable == "full"
+    frozen_bytes = {"float32": 4, "bfloat16": 2, "float16": 2}[config.model.dtype]
+    weights = of_model.num_parameters * (4 if is_full else frozen_bytes)
+    copies = of_model.num_parameters * frozen_bytes if config.names["reference"] == "frozen" else 0
+    training = of_model.num_trainable * (12 if is_full else 16)  # gradient and two moments, and LoRA's own weights
+    rows = 2 * (config.train.micro_batch_size or config.train.batch_size) * getattr(config.likelihood, "draws", 1)
+    activations = of_model.activation_bytes * rows * (1.0 if precision == "fp32" else 0.6)
+    has_reference = config.names["reference"] != "none"
+    passes = (3 if is_full else 2.3) + has_reference + bool(config.model.gradient_checkpointing)
+    draws = 2 * config.train.batch_size * getattr(config.likelihood, "draws", 1)
+    step_flops = of_model.forward_flops * draws * passes
+    seconds = step_flops / (EFFICIENCY * matrix_speed(device, precision))
+    result = dataclasses.asdict(of_model) | {
+        "device": device,
+        "precision": precision,
+        "memory_bytes": weights + copies + training + activations,
+        "activation_bytes_per_step": activations,
+        "step_flops": step_flops,
+        "step_seconds": seconds,
+        "run_seconds": seconds * config.train.steps,
+    }
+    if config.source.data.get("path"):
+        result["num_records"] = len(config.source.reader)
+    return result
+
+
+def cache_bytes(config: Config, estimated: dict[str, Any]) -> float:
+    """Disk of the latents: mean and std, both flips, two images a record; text is one row a caption beside it."""
+    if not getattr(config.source, "cache", False) or "num_records" not in estimated:
+        return 0.0
+    item = 2 if config.source.cache_dtype == "float16" else 4
+    per_image = math.prod(estimated["latent_shape"]) * 2 * item * (2 if config.source.flip else 1)
+    return 2.0 * per_image * estimated["num_records"]
+
+
+def check(config: Config) -> dict[str, Any]:
+    """Checks a training config without training; `text` of the result is for people.
+
+    Raises:
+        UserError: whatever the run itself would refuse.
+    """
+    check_needs(config)
+    config.source.data.get("path") and config.source.check()
+    scalars = twin_step(config)
+    estimated = estimate(config)
+    disk = cache_bytes(config, estimated)
+    folder = run_folder(config)
+    lines = [
+        yaml.safe_dump(config.to_dict(TRAINING_SECTIONS), sort_keys=False).rstrip(),
+        "",
+        f"one step on the tiny twin: loss {scalars['loss']:.6f}, gradient norm {scalars['grad_norm']:.3g}",
+        f"model: {estimated['num_parameters'] / 1e6:.1f} M parameters, {estimated['num_trainable'] / 1e6:.2f} M trained,"
+        f" {estimated['resolution'][0]} x {estimated['resolution'][1]} pixels",
+        f"memory on the {estimated['device']} (rough): {_gib(estimated['memory_bytes'])}, of which activations"
+        f" {_gib(estimated['activation_bytes_per_step'])}; train.micro_batch_size and model.gradient_checkpointing shrink them",
+        f"time here (rough, {estimated['precision']}): {_duration(estimated['step_seconds'])} a step,"
+        f" {_duration(estimated['run_seconds'])} for {config.train.steps} steps",
+    ]
+    if "num_records" in estimated:
+        free = shutil.disk_usage(folder.parent if folder.parent.is_dir() else Path.cwd()).free
+        lines.append(
+            f"data: {estimated['num_records']} records; latents cache {_gib(disk)} plus the captions' embeddings,"
+            f" {_gib(free)} free"
+        )
+    else:
+        lines.append("data: none named (source.data.path); the twin trained on noise")
+    lines.append(f"run folder: {folder}" + (" (exists: the run would resume)" if folder.exists() else ""))
+    return estimated | {"cache_bytes": disk, "twin": scalars, "text": "\n".join(lines)}

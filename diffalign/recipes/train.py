@@ -1,0 +1,277 @@
+"""Fine-tuning on preferences: the one loop of every method, model and number of devices.
+
+The same command resumes a run: all randomness is addressed by (seed, record, visit) and the learning rate is a function
+of the step, so that weights and optimizer state are the whole state.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffalign import checkpoint, randomness
+from diffalign.config import TRAINING_SECTIONS, Config
+from diffalign.distributed import World
+from diffalign.metrics import MetricsLog
+from diffalign.progress import Progress
+from diffalign.recipes import _exported, _run
+from diffalign.recipes._optim import Ema, build_optimizer, learning_rate
+from diffalign.recipes._preferences import holdout_margins, holdout_metrics, preference_metrics, summarize
+from diffalign.types import EndpointBatch, Setting, UserError
+
+Callback = Callable[[int, Mapping[str, float]], None]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where the run is and how it ended."""
+
+    folder: Path
+    steps: int
+    metrics: Mapping[str, Any]  # the last step's
+    check: Mapping[str, Any]  # the export's self-check
+
+
+@dataclass
+class Trainer:
+    """Everything of a run that lives on the devices."""
+
+    config: Config
+    world: World
+    run: _run.Run
+    model: Any
+    reference: Any
+    batches: Any
+    parameters: dict[str, Tensor]
+    optimizer: Any
+    ema: Ema
+    first_step: int = 0
+    last_metrics: dict[str, Any] = field(default_factory=dict)
+
+
+def run_folder(config: Config) -> Path:
+    """`train.out`, or runs/<names of the config files>."""
+    return Path(config.train.out or f"runs/{config.title}")
+
+
+def check_needs(config: Config) -> None:
+    """Refuses, before any weight is loaded, an objective whose needs source, likelihood and reference do not give.
+
+    Raises:
+        UserError: names the need and the key that would fill it.
+    """
+    config.require("model", "source", "likelihood", "reference", "objective")
+    given = config.source.gives | config.likelihood.gives | config.reference.gives
+    fixes = {
+        "reference": "set reference.name=adapter_off (LoRA) or reference.name=frozen (full weights)",
+        "pair": "it compares two images per prompt: use a source of pairs",
+    }
+    for need in sorted(config.objective.needs - given):
+        fix = fixes.get(need, "see `diffalign list methods`")
+        raise UserError(f"objective {config.names['objective']} needs {need!r}: {fix}")
+    if config.names["reference"] == "adapter_off" and getattr(config.model, "trainable", "lora") == "full":
+        raise UserError("model.trainable=full has no adapter to switch off: set reference.name=frozen")
+
+
+def micro_batch_size(config: Config, world: World) -> int:
+    """Prompts per forward call on this device.
+
+    Raises:
+        UserError: batch_size does not divide into processes and micro-batches.
+    """
+    share, rest = divmod(config.train.batch_size, world.size)
+    size = config.train.micro_batch_size or share
+    if rest or share == 0:
+        raise UserError(f"train.batch_size={config.train.batch_size} does not divide by {world.size} processes")
+    if share % size:
+        raise UserError(f"train.micro_batch_size={size} does not divide a device's share of {share} prompts")
+    return size
+
+
+def set_up(config: Config) -> Trainer:
+    """Builds and, where the run folder holds a checkpoint, restores everything."""
+    check_needs(config)
+    train = config.train
+    world = World(train.device, train.precision)
+    micro_batch_size(config, world)
+    config.source.check()
+    run = _run.open_folder(run_folder(config), config, TRAINING_SECTIONS, world.is_main)
+    world.barrier()
+    torch.manual_seed(randomness.address(train.seed, "initial weights"))
+    model = config.model.load()
+    model.to(world.device)
+    reference = config.reference.bind(model)
+    setting = Setting(train.seed, train.steps, train.batch_size, world.rank, world.size, world.barrier)
+    batches = config.source.prepare(model, setting)
+    if getattr(config.source, "cache", True):
+        model.offload_encoders()
+    _check_data(run, batches.facts(), world)
+    parameters = model.trainable_parameters()
+    optimizer = build_optimizer(train, list(parameters.values()))
+    ema = Ema(train.ema, parameters)
+    model.denoiser, optimizer = world.prepare(model.denoiser, optimizer)
+    trainer = Trainer(config, world, run, model, reference, batches, parameters, optimizer, ema)
+    found = checkpoint.newest(run.folder)
+    if found is not None:
+        _restore(trainer, checkpoint.load(found, run.fingerprint))
+    return trainer
+
+
+def _check_data(run: _run.Run, facts: Mapping[str, Any], world: World) -> None:
+    """Writes run.json, and refuses to resume on data that changed since the run began."""
+    path = run.folder / "run.json"
+    old = _run.read_json(path)
+    if old and old["data"]["fingerprint"] != facts["fingerprint"]:
+        raise UserError(f"the data changed since {run.folder} began: choose another train.out (nothing was overwritten)")
+    world.barrier()
+    if world.is_main and not old:
+        facts_of_run = _run.environment(str(world.device))
+        _run.write_json(
+            path, facts_of_run | {"processes": world.size, "precision": world.precision, "data": dict(facts)}
+        )
+
+
+def _restore(trainer: Trainer, state: checkpoint.Checkpoint) -> None:
+    with torch.no_grad():
+        for name, parameter in trainer.parameters.items():
+            parameter.copy_(state.weights[name])
+    trainer.ema.load(state.ema)
+    trainer.optimizer.load_state_dict(state.optimizer)
+    trainer.world.load_scaler_state(state.scaler)
+    trainer.first_step = state.step
+
+
+def _save(trainer: Trainer, step: int) -> None:
+    if trainer.world.is_main:
+        state = checkpoint.Checkpoint(
+            step=step,
+            weights=checkpoint.as_tensors(trainer.parameters),
+            ema=checkpoint.as_tensors(trainer.ema.shadow),
+            optimizer=trainer.optimizer.state_dict(),
+            scaler=trainer.world.scaler_state(),
+        )
+        checkpoint.save(trainer.run.folder, state, trainer.run.fingerprint, trainer.config.train.keep_checkpoints)
+    trainer.world.barrier()
+
+
+def train_step(trainer: Trainer, batch: EndpointBatch, step: int) -> dict[str, float]:
+    """One optimizer step on this process's share of the global batch; returns the global batch's metrics."""
+    config, world = trainer.config, trainer.world
+    size = micro_batch_size(config, world)
+    # LoRA dropout is the only draw that is not addressed by record
+    torch.manual_seed(randomness.address(config.train.seed, "step", step, world.rank))
+    collected: list[dict[str, Tensor]] = []
+    for start in range(0, len(batch), size):
+        micro = batch[start : start + size].to(world.device)
+        with world.accumulate(trainer.model.denoiser, is_last=start + size >= len(batch)):
+            with world.autocast():
+                likelihoods = config.likelihood(trainer.model, trainer.reference, micro)
+                output = config.objective(likelihoods)
+            world.backward(output.per_prompt.sum() / config.train.batch_size)
+        collected.append(preference_metrics(likelihoods, output))
+    grad_norm = world.clip(trainer.parameters.values(), config.train.max_grad_norm)
+    rate = learning_rate(config.train, step)
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = rate
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad(set_to_none=True)
+    trainer.reference.after_step(step)
+    trainer.ema.update()
+    gathered = world.gather({name: torch.cat([part[name] for part in collected]) for name in collected[0]})
+    scalars = summarize(gathered) | {"grad_norm": float(grad_norm), "lr": rate}
+    if not math.isfinite(scalars["loss"]) or (not math.isfinite(scalars["grad_norm"]) and world.precision != "fp16"):
+        raise FloatingPointError(
+            f"loss {scalars['loss']} and gradient norm {scalars['grad_norm']} at step {step}: lower train.lr or"
+            " objective.beta, or use another train.precision; the newest checkpoint is kept"
+        )
+    if scalars["grad_norm"] == 0 and step == 0 and scalars["tie_rate"] < 1:
+        raise RuntimeError("the first gradient is exactly 0: nothing would be trained (check the LoRA targets)")
+    return scalars
+
+
+def validate(trainer: Trainer) -> dict[str, float]:
+    """Held-out preference accuracy of the weights as they are; nothing where the objective has no margin."""
+    train = trainer.config.train
+    likelihood = replace(trainer.config.likelihood, draws=train.validate_draws)
+    batches = trainer.batches.holdout(train.validate_prompts, train.batch_size)
+    if "pair" not in trainer.config.objective.needs:
+        return {}
+    margins = holdout_margins(
+        trainer.world, trainer.model, trainer.reference, likelihood, trainer.config.objective, batches
+    )
+    return holdout_metrics(margins)
+
+
+def train(config: Config, callbacks: Sequence[Callback] = (), quiet: bool = False) -> TrainResult:
+    """Trains, or goes on training, what the config describes, and exports the result into the run folder.
+
+    Raises:
+        UserError: the user's input was wrong; nothing was overwritten.
+        FloatingPointError: the loss is not finite any more.
+    """
+    trainer = set_up(config)
+    train_config, world = config.train, trainer.world
+    log = MetricsLog(trainer.run.folder, config.log.trackers, config.log.project) if world.is_main else None
+    if log is not None:
+        log.resume(trainer.first_step - 1)
+    with (
+        Progress("train", train_config.steps, trainer.first_step, "step", quiet or not world.is_main) as progress,
+        ThreadPoolExecutor(max_workers=1) as loader,
+    ):
+        following = loader.submit(trainer.batches.batch, trainer.first_step) if _is_unfinished(trainer) else None
+        for step in range(trainer.first_step, train_config.steps):
+            begun = time.perf_counter()
+            assert following is not None
+            batch = following.result()
+            if step + 1 < train_config.steps:
+                following = loader.submit(trainer.batches.batch, step + 1)
+            scalars = train_step(trainer, batch, step)
+            scalars["pairs_per_second"] = train_config.batch_size / (time.perf_counter() - begun)
+            _after_step(trainer, step, scalars)
+            if log is not None and (step % config.log.every == 0 or step + 1 == train_config.steps):
+                log.log(step, scalars)
+            for callback in callbacks:
+                callback(step, scalars)
+            progress.advance(note=f"loss {scalars['loss']:.4f}")
+    if log is not None:
+        log.close()
+    return finish(trainer)
+
+
+def _is_unfinished(trainer: Trainer) -> bool:
+    return trainer.first_step < trainer.config.train.steps
+
+
+def _after_step(trainer: Trainer, step: int, scalars: dict[str, float]) -> None:
+    """Validation, samples and checkpoints that are due after `step`; adds to its metrics."""
+    config, done = trainer.config.train, step + 1
+    is_last = done == config.steps
+    if config.validate_every and (is_last or done % config.validate_every == 0):
+        scalars |= validate(trainer)
+    if trainer.world.is_main and config.sample_every and done % config.sample_every == 0 and not is_last:
+        with trainer.ema.swapped_in():
+            _exported.sample_grid(trainer.model, trainer.config, trainer.batches, trainer.run.folder, done)
+    if is_last or done % config.checkpoint_every == 0:
+        _save(trainer, done)
+    trainer.last_metrics = scalars
+
+
+def finish(trainer: Trainer) -> TrainResult:
+    """Exports the trained weights and checks that they are there, cover their targets and change a picture."""
+    world, folder = trainer.world, trainer.run.folder
+    trainer.model.denoiser = world.unwrap(trainer.model.denoiser)
+    result = _run.read_json(folder / "export_check.json")
+    if world.is_main and not result:
+        with trainer.ema.swapped_in():
+            result = _exported.export_and_check(trainer.model, trainer.config, trainer.batches, folder)
+    world.barrier()
+    world.close()
+    return TrainResult(folder, trainer.config.train.steps, trainer.last_metrics, result)

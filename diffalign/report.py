@@ -1,0 +1,262 @@
+"""The report of an evaluation: one self-contained `report.html` for people and `results.json` for programs.
+
+The page needs no network and no file beside it. Every section that has no data is left out.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from diffalign._charts import PANELS, draw, series
+from diffalign._json import finite, write_json, write_text
+from diffalign._pictures import embed, image_grid
+
+__all__ = ["Picture", "PictureRow", "ReportData", "image_grid", "write_report"]
+
+PICTURE_BUDGET = 6_000_000  # characters of embedded images: the page stays mailable
+_BUCKET = re.compile(r"^(?:train/)?(?P<name>.+)/t(?P<low>[\d.]+)-(?P<high>[\d.]+)$")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One generated image (a path, encoded bytes or a PIL image) and its score by the report's scorer."""
+
+    image: Any
+    model: str
+    seed: int
+    score: float | None = None
+
+
+@dataclass(frozen=True)
+class PictureRow:
+    """All images of one prompt; models need not have the same number of them."""
+
+    prompt: str
+    pictures: tuple[Picture, ...]
+    note: str = ""  # e.g. the category
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """What a report says. All but the title may be missing.
+
+    Attributes:
+        comparison: `evaluation.Comparison.to_dict()`.
+        model: the model of the headline, by default the first that is not the baseline.
+        scorer: the scorer of the headline, by default the first that was not the training judge, else the first.
+        scorers: name -> facts; "kind" is "held-out" or "train" (it judged the training data), others: version, unit.
+        facts: run facts in the order to show: model, method, beta, steps, pairs, seed, device, commit, versions (nested
+            mappings are shown as "key value, key value").
+        seconds: stage -> seconds.
+        pictures: the grid, one row per prompt.
+        metrics: rows of `metrics.jsonl`.
+        holdout: `evaluation.WinRate` of the held-out pairs, as a mapping.
+        data: the reader's report: {"num_rows": n, "num_kept": n, "dropped": {reason: n}, "bad": {reason: n}}.
+        export: the self-check of the exported weights, name -> value; a False and a non-empty list of "problems" are
+            failures, which the banner tells.
+        warnings: further lines for the banner.
+    """
+
+    title: str
+    comparison: Mapping[str, Any] | None = None
+    model: str | None = None
+    scorer: str | None = None
+    scorers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    pictures: Sequence[PictureRow] = ()
+    metrics: Sequence[Mapping[str, Any]] = ()
+    holdout: Mapping[str, Any] | None = None
+    data: Mapping[str, Any] | None = None
+    export: Mapping[str, Any] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
+
+
+def headline(data: ReportData) -> dict[str, Any] | None:
+    """The one result to read first, as plain types; None without a comparison of at least two models."""
+    if not data.comparison:
+        return None
+    rows = [row for row in data.comparison["rows"] if row["category"] is None]
+    baseline, names = data.comparison["baseline"], data.comparison["scorers"]
+    honest = [name for name in names if data.scorers.get(name, {}).get("kind") != "train"]
+    scorer = data.scorer or (honest or names)[0]
+    by_model = {row["model"]: row for row in rows if row["scorer"] == scorer}
+    model = data.model or next((name for name in by_model if name != baseline), None)
+    if model is None:
+        return None
+    assert model in by_model and model != baseline, (model, scorer, list(by_model))
+    row = by_model[model]
+    words = {"better": "beats", "worse": "loses to", "not distinguishable": "is not distinguishable from"}
+    return {
+        "text": f"{model} {words[row['verdict']]} {baseline}",
+        "verdict": row["verdict"],
+        "model": model,
+        "baseline": baseline,
+        "scorer": scorer,
+        "win": row["win"],
+        "mean": row["mean"],
+        "baseline_mean": by_model[baseline]["mean"],
+        "difference": row["difference"],
+        "num_prompts": data.comparison["num_prompts"],
+        "num_seeds": data.comparison["num_seeds"],
+        "level": data.comparison["level"],
+    }
+
+
+def warnings(data: ReportData, head: Mapping[str, Any] | None) -> list[str]:
+    """The lines of the banner: the caller's, and the ones that every honest report must carry."""
+    lines = list(data.warnings)
+    if head and data.scorers.get(head["scorer"], {}).get("kind") == "train":
+        lines.insert(
+            0,
+            f"The scorer of the headline, {head['scorer']}, was also the training judge: its win rate says how well "
+            "that judge was fitted, not whether the pictures got better. Add a held-out scorer.",
+        )
+    failed = [name for name, value in data.export.items() if value is False]
+    failed += data.export.get("problems") or []
+    if failed:
+        lines.append(f"The exported weights failed their self-check: {', '.join(failed)}.")
+    return lines
+
+
+def bucket_table(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Means per noise level over the last fifth of the run: {"buckets": [...], "rows": [(name, [mean or None])]}."""
+    cells: dict[tuple[str, str], list[float]] = defaultdict(list)
+    edges: dict[str, tuple[float, float]] = {}
+    for row in metrics[-max(1, len(metrics) // 5) :]:
+        for key, value in row.items():
+            match = _BUCKET.match(key)
+            if match and value is not None:
+                bucket = f"{match['low']}-{match['high']}"
+                edges[bucket] = (float(match["low"]), float(match["high"]))
+                cells[match["name"], bucket].append(float(value))
+    if not cells:
+        return None
+    buckets = sorted(edges, key=edges.__getitem__)
+    means = {key: sum(values) / len(values) for key, values in cells.items()}
+    names = dict.fromkeys(name for name, _ in cells)
+    return {"buckets": buckets, "rows": [(name, [means.get((name, bucket)) for bucket in buckets]) for name in names]}
+
+
+def _grid(data: ReportData, baseline: str | None) -> dict[str, Any] | None:
+    """Rows of {prompt, note, models: [{name, cells: [{uri, seed, score, outcome, ...}]}]} for the template."""
+    rows = [row for row in data.pictures if row.pictures]
+    if not rows:
+        return None
+    embedded = embed([[picture.image for picture in row.pictures] for row in rows], PICTURE_BUDGET)
+    shown = []
+    for row, images in zip(rows, embedded, strict=False):
+        base = {p.seed: p.score for p in row.pictures if p.model == baseline}
+        models: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for picture, (uri, is_pixel_art) in zip(row.pictures, images, strict=True):
+            other = base.get(picture.seed) if picture.model != baseline else None
+            outcome = ""
+            if other is not None and picture.score is not None and picture.score != other:
+                outcome = "won" if picture.score > other else "lost"
+            models[picture.model].append(
+                {"uri": uri, "pixel": is_pixel_art, "seed": picture.seed, "score": picture.score, "outcome": outcome}
+            )
+        cells = [{"name": name, "cells": cells} for name, cells in models.items()]
+        shown.append({"prompt": row.prompt, "note": row.note, "models": cells})
+    return {"rows": shown, "num_left_out": len(rows) - len(shown)}
+
+
+def _number(value: Any) -> str:
+    """Three significant digits or more, whole numbers as they are, an en dash where there is none."""
+    if value is None:
+        return "\u2013"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        if abs(value) < 1e9 and (value == int(value) or abs(value) >= 1000):
+            return f"{value:.0f}"
+        return f"{value:.3g}" if 1e-3 <= abs(value) < 1000 else f"{value:.1e}"
+    return str(value)
+
+
+def _text(value: Any) -> str:
+    """A fact as one line."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_text(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_text(item) for item in value) or "none"
+    return _number(value)
+
+
+def _estimate(value: Mapping[str, Any]) -> str:
+    """mean +- standard error, both to the second significant digit of the latter."""
+    mean, se = value["mean"], value["se"]
+    if not se:
+        return f"{_number(mean)} \u00b1 {_number(se)}"
+    digits = min(12, max(0, 1 - math.floor(math.log10(se))))
+    return f"{mean:.{digits}f} \u00b1 {se:.{digits}f}"
+
+
+def _percent(value: float | None) -> str:
+    return "\u2013" if value is None else f"{100 * value:.1f}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{minutes:.1f} min" if minutes < 60 else f"{hours:.1f} h"
+
+
+_FILTERS: dict[str, Callable[[Any], str]] = {
+    "number": _number,
+    "text": _text,
+    "percent": _percent,
+    "estimate": _estimate,
+    "duration": _duration,
+}
+
+
+def write_report(folder: str | Path, data: ReportData) -> Path:
+    """Writes `folder/report.html` and `folder/results.json`, each whole or not at all; returns the page's path.
+
+    Raises:
+        UserError: a picture cannot be read.
+    """
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    folder = Path(folder)
+    head = finite(headline(data))
+    comparison = finite(data.comparison)
+    results = {
+        name: getattr(data, name)
+        for name in ("title", "scorers", "facts", "seconds", "holdout", "data", "export", "comparison")
+    }
+    lines = warnings(data, head)
+    scores = [
+        {"prompt": row.prompt, "model": p.model, "seed": p.seed, "score": p.score}
+        for row in data.pictures
+        for p in row.pictures
+    ]
+    write_json(folder / "results.json", {"headline": head, "warnings": lines, **results, "pictures": scores})
+    # The SVG holds no text of the user: safe to insert as it is.
+    curves = [{"title": p.title, "svg": Markup(svg)} for p in PANELS if (svg := draw(p, data.metrics))]
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= _FILTERS
+    template = environment.from_string(resources.files("diffalign").joinpath("report.html.j2").read_text("utf-8"))
+    page = template.render(
+        data=data,
+        head=head,
+        warnings=lines,
+        comparison=comparison,
+        holdout=finite(data.holdout),
+        grid=_grid(data, comparison["baseline"] if comparison else None),
+        curves=curves,
+        buckets=finite(bucket_table(data.metrics)),
+        num_steps=len(series(data.metrics, ["loss"])[0]),
+    )
+    write_text(folder / "report.html", page)
+    return folder / "report.html"
