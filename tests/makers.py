@@ -40,6 +40,7 @@ def tokens(model: str, folder: Path, out: str = "run", **overrides: object) -> l
     """Command-line words of a small training run on the tiny twin of a family."""
     settings: dict[str, object] = {
         "model.path": "tiny",
+        "model.dtype": "float32",
         "source.data.path": folder / "pairs.parquet",
         "source.cache_dir": folder / "cache",
         "source.cache_dtype": "float32",

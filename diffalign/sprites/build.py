@@ -8,7 +8,7 @@ import torch
 
 from diffalign.sprites import scene
 
-TOKENS = 24  # the longest caption has 14 words
+TOKENS = 16  # the longest caption has 14 words
 TEXT_WIDTH = 64
 LATENT_CHANNELS = 4
 LATENT_SIZE = 16

@@ -27,7 +27,7 @@ from diffalign.sprites.scene import caption, is_held_out, parse, sample_scene
 
 WEIGHTS = Path(__file__).parent / "weights"
 NUM_SCENES = 40_000
-BATCH = 64
+BATCH = 32
 UNCONDITIONAL = 0.1  # share of captions replaced by the model's unconditional input
 EMA = 0.999
 SAVE_EVERY_S = 180.0

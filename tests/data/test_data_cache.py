@@ -198,7 +198,7 @@ def test_two_ranks_write_what_one_writes(kit, tmp_path):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(300)
     assert len(found) == 2 and len(found[0]) == 8
     assert kit.tree(tmp_path / "two") == kit.tree(tmp_path / "one")
 
