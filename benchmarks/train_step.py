@@ -58,8 +58,12 @@ def configure(folder: Path, words: list[str], steps: int, batch_size: int) -> Co
     fixed = {
         "model": {"path": "tiny"},
         "train": {"out": str(folder / "run"), "steps": steps, "batch_size": batch_size, "lr": 1e-5},
-        "source": {"data": {"path": str(folder / "pairs")}, "cache_dir": str(folder / "cache"), "holdout": 0.0,
-                   "prompt_dropout": 0.0},
+        "source": {
+            "data": {"path": str(folder / "pairs")},
+            "cache_dir": str(folder / "cache"),
+            "holdout": 0.0,
+            "prompt_dropout": 0.0,
+        },
         "objective": {"beta": BETA},
         "log": {"trackers": []},
     }
@@ -96,7 +100,9 @@ def run_plain(config: Config, warmup: int) -> float:
         if step == warmup:
             _synchronize()
             begun = time.perf_counter()
-        records = [reader[(step * config.train.batch_size + row) % len(reader)] for row in range(config.train.batch_size)]
+        records = [
+            reader[(step * config.train.batch_size + row) % len(reader)] for row in range(config.train.batch_size)
+        ]
         prompts = [record.prompt for record in records]
         size_cond = model.size_cond(*(x.expand(len(records), 2) for x in (size, 0 * size, size)))
         cond = {key: value.to(device) for key, value in (model.encode_prompts(prompts) | size_cond).items()}

@@ -1,9 +1,8 @@
 """The verbs as Python functions: keyword arguments only, the same configs and the same results as the command line.
 
     import diffalign
-    run = diffalign.train(configs=["sdxl", "diffusion-dpo"], model={"path": "FOLDER"}, source={"data": {"path": "pairs"}})
-    diffalign.evaluate(configs=["sdxl"], model={"path": "FOLDER"}, evaluate={"adapters": [str(run.folder / "export")],
-                                                                          "prompts": "prompts.txt"})
+    run = diffalign.train(configs=["sdxl", "diffusion-dpo"], source={"data": {"path": "pairs.parquet"}})
+    diffalign.evaluate(configs=["sdxl"], evaluate={"adapters": [str(run.folder / "export")], "prompts": "prompts.txt"})
 
 `configs` lists names or paths of config files, merged from left to right; every further keyword is a section.
 """
@@ -21,7 +20,19 @@ if TYPE_CHECKING:
     from diffalign.recipes.evaluate import Evaluation
     from diffalign.recipes.train import TrainResult
 
-__all__ = ["build", "check", "compare", "configure", "demo", "evaluate", "export", "generate", "label", "score", "train"]
+__all__ = [
+    "build",
+    "check",
+    "compare",
+    "configure",
+    "demo",
+    "evaluate",
+    "export",
+    "generate",
+    "label",
+    "score",
+    "train",
+]
 
 Section = Mapping[str, Any]
 
@@ -77,7 +88,12 @@ def evaluate(*, configs: Sequence[str | Section] = (), quiet: bool = False, **se
 
 
 def compare(
-    *, scores: Mapping[str, Mapping[str, Any]], prompts: Sequence[str], seeds: Sequence[int], baseline: str, **options: Any
+    *,
+    scores: Mapping[str, Mapping[str, Any]],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    baseline: str,
+    **options: Any,
 ) -> Any:
     """Win rates and means with paired intervals from arrays of scores; see `diffalign.evaluation.compare`."""
     from diffalign.evaluation import compare as statistics
@@ -99,7 +115,9 @@ def check(*, configs: Sequence[str | Section] = (), **sections: Section) -> dict
     return recipe(configure(configs=configs, **sections))
 
 
-def demo(*, model: str = "sprites-sdxl", out: str | None = None, quiet: bool = False, **sections: Section) -> Evaluation:
+def demo(
+    *, model: str = "sprites-sdxl", out: str | None = None, quiet: bool = False, **sections: Section
+) -> Evaluation:
     """The whole loop on an embedded model; returns its evaluation."""
     from diffalign.recipes.demo import demo as recipe
 

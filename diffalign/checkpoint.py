@@ -42,7 +42,9 @@ def save(run: Path, checkpoint: Checkpoint, fingerprint: str, keep: int) -> Path
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        save_file({name: value.contiguous() for name, value in checkpoint.weights.items()}, temporary / "weights.safetensors")
+        save_file(
+            {name: value.contiguous() for name, value in checkpoint.weights.items()}, temporary / "weights.safetensors"
+        )
         save_file({name: value.contiguous() for name, value in checkpoint.ema.items()}, temporary / "ema.safetensors")
         torch.save({"optimizer": checkpoint.optimizer, "scaler": checkpoint.scaler}, temporary / "optimizer.pt")
         (temporary / "state.json").write_text(json.dumps({"step": checkpoint.step, "fingerprint": fingerprint}))
@@ -54,9 +56,15 @@ def save(run: Path, checkpoint: Checkpoint, fingerprint: str, keep: int) -> Path
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         # torch and safetensors report a full disk as their own error types
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error) or "os error 28" in str(error)
+        full = (
+            getattr(error, "errno", None) == errno.ENOSPC
+            or "No space left" in str(error)
+            or "os error 28" in str(error)
+        )
         if full or (isinstance(error, RuntimeError) and shutil.disk_usage(folder).free < 1 << 20):
-            raise UserError(f"no disk space for a checkpoint in {folder}: free some and run the same command again") from error
+            raise UserError(
+                f"no disk space for a checkpoint in {folder}: free some and run the same command again"
+            ) from error
         raise
     for old in sorted(folder.glob("step-*"))[:-keep]:
         shutil.rmtree(old)
@@ -80,7 +88,9 @@ def load(path: Path, fingerprint: str | None = None) -> Checkpoint:
         extra = torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu")
         weights, ema = load_file(path / "weights.safetensors"), load_file(path / "ema.safetensors")
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"checkpoint {path} is incomplete or broken ({error}): delete it to resume from the one before") from error
+        raise UserError(
+            f"checkpoint {path} is incomplete or broken ({error}): delete it to resume from the one before"
+        ) from error
     if fingerprint is not None and state["fingerprint"] != fingerprint:
         raise UserError(f"checkpoint {path} belongs to another config: choose another train.out")
     return Checkpoint(state["step"], weights, ema, extra["optimizer"], extra["scaler"])

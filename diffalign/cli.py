@@ -102,7 +102,9 @@ def _run(arguments: argparse.Namespace) -> None:
         show_evaluation(api.demo(model=models[0], quiet=arguments.quiet, **overrides))
         return
     if not tokens:
-        raise UserError("name a config, such as sdxl or a path, or give key=value; `diffalign list methods` shows names")
+        raise UserError(
+            "name a config, such as sdxl or a path, or give key=value; `diffalign list methods` shows names"
+        )
     if verb == "check":
         from diffalign.recipes.check import check
 
@@ -124,8 +126,10 @@ def _show(verb: str, result: Any) -> None:
     if verb == "train":
         print(f"trained {result.steps} steps; weights in {result.folder / 'export'}")
         if result.check.get("image_mean_difference") is not None:
-            print(f"self-check: export covers {result.check['num_targets_covered']} of {result.check['num_targets']}"
-                  f" targets, a fixed-seed picture changed by {result.check['image_mean_difference']:.2f} of 255")
+            print(
+                f"self-check: export covers {result.check['num_targets_covered']} of {result.check['num_targets']}"
+                f" targets, a fixed-seed picture changed by {result.check['image_mean_difference']:.2f} of 255"
+            )
     elif verb == "evaluate":
         show_evaluation(result)
     else:

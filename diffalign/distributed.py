@@ -19,7 +19,8 @@ class World:
     """The processes of a run. Launched by `accelerate launch -m diffalign ...`; alone, rank 0 of 1."""
 
     def __init__(self, device: str = "auto", precision: str = "auto") -> None:
-        from accelerate import Accelerator
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+        from accelerate.state import AcceleratorState
 
         if device == "cuda" and not torch.cuda.is_available():
             raise UserError("train.device=cuda, but torch sees no GPU: run `diffalign doctor`, or use device=cpu")
@@ -29,7 +30,12 @@ class World:
         if precision == "fp16" and use_cpu:
             raise UserError("train.precision=fp16 needs a GPU: use fp32 or bf16 on the CPU")
         self.precision = precision
-        self.accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(precision, precision), cpu=use_cpu)
+        # buffers are constants (SD3's position table): broadcasting them would make every forward call collective
+        ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+        # accelerate keeps one state per process and refuses another precision; runs of a session follow each other
+        AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+        mixed = {"fp32": "no"}.get(precision, precision)
+        self.accelerator = Accelerator(mixed_precision=mixed, cpu=use_cpu, kwargs_handlers=[ddp])
 
     @property
     def rank(self) -> int:

@@ -153,6 +153,8 @@ class Denoiser(Protocol):
 class Policy(Denoiser, Protocol):
     """A denoiser that is trained; with an adapter, the same network without it."""
 
+    denoiser: torch.nn.Module  # what a call runs: a launcher may wrap it, a frozen reference copies it
+
     def adapter_off(self) -> AbstractContextManager[None]: ...
 
 

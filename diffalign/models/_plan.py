@@ -36,6 +36,7 @@ def _cond(config: Mapping[str, Any], settings: Any) -> dict[str, Tensor]:
     """Meta tensors of the shapes that the network's own config asks for."""
     width = config.get("cross_attention_dim") or config.get("joint_attention_dim")
     tokens = CLIP_TOKENS + getattr(settings, "max_sequence_length", 0)
+    assert width is not None, "a text-to-image network has a text width"
     cond = {"prompt_embeds": torch.empty(1, tokens, width if isinstance(width, int) else width[0], device="meta")}
     pooled = config.get("pooled_projection_dim")
     if config.get("addition_embed_type") == "text_time":

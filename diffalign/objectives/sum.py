@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from torch import Tensor
+
 from diffalign.registry import build
 from diffalign.types import Likelihoods, LossOutput, Objective, UserError
 
@@ -40,7 +42,8 @@ class Sum:
         return frozenset().union(*(objective.needs for _, _, objective in self.objectives))
 
     def __call__(self, likelihoods: Likelihoods) -> LossOutput:
-        total, metrics = None, {}
+        total: Tensor | None = None
+        metrics: dict[str, Tensor] = {}
         for weight, name, objective in self.objectives:
             output = objective(likelihoods)
             total = weight * output.per_prompt if total is None else total + weight * output.per_prompt

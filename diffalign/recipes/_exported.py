@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
+from safetensors import safe_open
 
 from diffalign.config import Config
 from diffalign.recipes import _run
 from diffalign.recipes._images import sample_images
 from diffalign.report import image_grid
 
+# A target can be without influence and stay at zero: the last MM-DiT block's text queries feed nothing.
+MOVED = 0.9
 SAMPLE_SEED = 20_000  # of the fixed-prompt grids: the same noise at every step and in every run
 
 
@@ -25,8 +29,20 @@ def sample_grid(model: Any, config: Config, batches: Any, folder: Path, step: in
     prompts = sample_prompts(config, batches)
     images = sample_images(model, prompts, [0] * len(prompts), SAMPLE_SEED, config.sampling)
     (folder / "samples").mkdir(exist_ok=True)
-    image_grid(list(images), len(prompts), 1, prompts, folder / "samples" / f"step-{step:08d}.png")
+    image_grid(
+        [Image.fromarray(image) for image in images],
+        len(prompts),
+        1,
+        prompts,
+        folder / "samples" / f"step-{step:08d}.png",
+    )
     return images
+
+
+def _num_tensors(folder: Path) -> int:
+    """Tensors of an exported LoRA, read back from disk."""
+    with safe_open(folder / "pytorch_lora_weights.safetensors", "pt") as file:
+        return len(list(file.keys()))
 
 
 def export_and_check(model: Any, config: Config, batches: Any, folder: Path) -> dict[str, Any]:
@@ -42,13 +58,16 @@ def export_and_check(model: Any, config: Config, batches: Any, folder: Path) -> 
             base = sample_grid(model, config, batches, folder, 0)
         difference = np.abs(images.astype(int) - base.astype(int))
         result |= {"image_mean_difference": float(difference.mean()), "image_max_difference": int(difference.max())}
+        result |= model.adapter_stats()
     model.export(folder / "export")
-    result |= model.adapter_stats()
+    missing = result.get("num_tensors", 0) - _num_tensors(folder / "export") if "num_tensors" in result else 0
+    moved = result.get("num_targets_covered", 0)
     problems = [
         text
         for failed, text in (
             (result.get("norm", 1) == 0, "all exported weights are zero"),
-            (result.get("num_targets_covered", 0) < result.get("num_targets", 0), "some LoRA targets were not trained"),
+            (missing > 0, f"{missing} of the adapter's tensors are missing in the exported file"),
+            (moved < MOVED * result.get("num_targets", 0), f"only {moved} LoRA targets changed"),
             (result.get("image_max_difference", 1) == 0, "a fixed-seed picture is the base model's"),
         )
         if failed

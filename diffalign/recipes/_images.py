@@ -22,7 +22,7 @@ def prompt_cond(model: Model, prompts: Sequence[str]) -> dict[str, Tensor]:
     unique = list(dict.fromkeys(prompts))
     rows = torch.tensor([unique.index(prompt) for prompt in prompts])
     text = {key: value[rows] for key, value in model.encode_prompts(unique).items()}
-    return text | _full_size(model, len(prompts))
+    return text | dict(_full_size(model, len(prompts)))
 
 
 def _full_size(model: Model, num: int) -> Mapping[str, Tensor]:

@@ -45,9 +45,7 @@ def build_optimizer(config: Train, parameters: list[Tensor]) -> torch.optim.Opti
         return bitsandbytes.optim.AdamW8bit(
             parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
         )
-    return torch.optim.AdamW(
-        parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
-    )
+    return torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
 
 
 class Ema:

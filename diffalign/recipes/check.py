@@ -48,7 +48,7 @@ def matrix_speed(device: str, precision: str) -> float:
 
 
 def twin_step(config: Config) -> dict[str, float]:
-    """One real step on the tiny twin: with the configured data where it can be read, in a folder that is thrown away."""
+    """One real step on the tiny twin, on the configured data where there is any, in a folder that is thrown away."""
     with tempfile.TemporaryDirectory(prefix="diffalign-check-") as folder:
         model = replace(config.model, path="tiny", resolution=None, variant=None, revision=None, compile=False)
         source = replace(config.source, cache_dir=str(Path(folder) / "cache"))
@@ -143,14 +143,15 @@ def check(config: Config) -> dict[str, Any]:
     estimated = estimate(config)
     disk = cache_bytes(config, estimated)
     folder = run_folder(config)
+    height, width = estimated["resolution"]
+    size = f"{estimated['num_parameters'] / 1e6:.1f} M parameters, {estimated['num_trainable'] / 1e6:.2f} M trained"
     lines = [
         yaml.safe_dump(config.to_dict(TRAINING_SECTIONS), sort_keys=False).rstrip(),
         "",
         f"one step on the tiny twin: loss {scalars['loss']:.6f}, gradient norm {scalars['grad_norm']:.3g}",
-        f"model: {estimated['num_parameters'] / 1e6:.1f} M parameters, {estimated['num_trainable'] / 1e6:.2f} M trained,"
-        f" {estimated['resolution'][0]} x {estimated['resolution'][1]} pixels",
+        f"model: {size}, {height} x {width} pixels",
         f"memory on the {estimated['device']} (rough): {_gib(estimated['memory_bytes'])}, of which activations"
-        f" {_gib(estimated['activation_bytes_per_step'])}; train.micro_batch_size and model.gradient_checkpointing shrink them",
+        f" {_gib(estimated['activation_bytes_per_step'])} (see train.micro_batch_size, model.gradient_checkpointing)",
         f"time here (rough, {estimated['precision']}): {_duration(estimated['step_seconds'])} a step,"
         f" {_duration(estimated['run_seconds'])} for {config.train.steps} steps",
     ]

@@ -41,9 +41,7 @@ def demo(config: Config, out: Path, quiet: bool = False) -> Evaluation:
     timed("label", begun)
     begun = time.perf_counter()
     source = replace(config.source, data={"name": "auto", "path": str(pairs)}, cache_dir=str(out / "cache"))
-    run = train(
-        replace(config, source=source, train=replace(config.train, out=str(out / "train"))), quiet=quiet
-    ).folder
+    run = train(replace(config, source=source, train=replace(config.train, out=str(out / "train"))), quiet=quiet).folder
     timed("train", begun)
     settings = replace(
         config.evaluate, adapters=(str(run / "export"),), names=("aligned",), run=str(run), out=str(out / "evaluation")

@@ -40,14 +40,20 @@ def doctor() -> list[str]:
     for package in REQUIRED:
         version = _version(package)
         lines.append(f"  {package} {version}" if version else f"  {package} MISSING: pip install diffalign")
-    lines.append(f"CPU: {os.cpu_count()} cores, {_memory_gib():.0f} GiB memory, torch uses {torch.get_num_threads()} threads")
+    lines.append(
+        f"CPU: {os.cpu_count()} cores, {_memory_gib():.0f} GiB memory, torch uses {torch.get_num_threads()} threads"
+    )
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             facts = torch.cuda.get_device_properties(index)
-            lines.append(f"GPU {index}: {facts.name}, {facts.total_memory / 2**30:.0f} GiB, compute {facts.major}.{facts.minor}")
+            lines.append(
+                f"GPU {index}: {facts.name}, {facts.total_memory / 2**30:.0f} GiB, compute {facts.major}.{facts.minor}"
+            )
         lines.append(f"  train.precision=auto means {'bf16' if torch.cuda.is_bf16_supported() else 'fp32'}")
     else:
-        lines.append("GPU: none; everything runs on the CPU (the sprites models need no GPU), train.precision=auto means fp32")
+        lines.append(
+            "GPU: none; everything runs on the CPU (the sprites models need no GPU), train.precision=auto means fp32"
+        )
     for package, use in OPTIONAL.items():
         version = _version(package) if importlib.util.find_spec(package) else None
         lines.append(f"  {package} {version}" if version else f"  {package} not installed ({use})")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from diffalign.types import Scorer, UserError
 BASE = "base"
 REPORT_PROMPTS = 24  # rows of the picture grid
 REPORT_SEEDS = 2
+GRID_PROMPTS = 8  # rows of grid.png
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ def evaluate(config: Config, quiet: bool = False, seconds: Mapping[str, float] |
     stages = dict(seconds or {}) | {"evaluate": time.perf_counter() - begun}
     data = _report_data(config, comparison, scores, rows, folder, stages, str(world.device))
     path = report.write_report(folder, data)
+    _write_grid(data.pictures, folder / "grid.png")
     world.close()
     return Evaluation(folder, comparison, path)
 
@@ -181,6 +183,13 @@ def _run_facts(run: Path) -> dict[str, Any]:
         "training records": data.get("num_records"),
         "training seed": config["train"]["seed"],
     }
+
+
+def _write_grid(rows: Sequence[report.PictureRow], path: Path) -> None:
+    """The report's pictures as one PNG: a prompt per row, models side by side for each seed."""
+    shown = rows[:GRID_PROMPTS]
+    images = [picture.image for row in shown for picture in row.pictures]
+    report.image_grid(images, len(shown), len(images) // len(shown), [row.prompt for row in shown], path)
 
 
 def _pictures(

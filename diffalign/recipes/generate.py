@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +115,10 @@ def read_facts(folder: Path) -> Mapping[str, Any]:
 
 
 def load_for_images(config: Config, adapter: str | None, scale: float, world: World) -> Any:
-    """The model on the world's device, with an exported adapter where one is named."""
-    model = config.model.load()
-    if adapter:
+    """The model on the world's device, with what a run exported where it is named: an adapter, or full weights."""
+    is_pipeline = adapter is not None and (Path(adapter) / "model_index.json").is_file()
+    model = (replace(config.model, path=adapter) if is_pipeline else config.model).load()
+    if adapter and not is_pipeline:
         model.load_adapter(adapter, scale)
     model.to(world.device)
     return model

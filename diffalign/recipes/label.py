@@ -53,7 +53,7 @@ def _records(group: list[dict[str, Any]], root: Path, scorer: str, rule: str, mi
 
 
 def label(config: Config, quiet: bool = False) -> Path:
-    """Writes a folder of Parquet records that `source.data.path` takes; returns it. Deterministic, one prompt at a time.
+    """Writes a folder of Parquet records for `source.data.path`; returns it. Deterministic, one prompt at a time.
 
     Raises:
         UserError: no scores, an unknown scorer, a missing image, or no pair at all.
@@ -72,7 +72,7 @@ def label(config: Config, quiet: bool = False) -> Path:
     _run.open_folder(out, config, ("label",))
     counts = {"prompts": 0, "pairs": 0, "prompts_without_pair": 0}
     total = sum(1 for _ in read_manifest(source))
-    with RecordWriter(out) as writer, Progress("label", total, unit="img", quiet=quiet) as progress:
+    with RecordWriter(out, resume=True) as writer, Progress("label", total, unit="img", quiet=quiet) as progress:
         # what an interrupted run had finished: shards then equal those of an uninterrupted one
         done = tuple((writer.state or {}).get("place", (-1, -1)))
         for prompt, (_, rows) in enumerate(itertools.groupby(read_manifest(source), key=lambda row: row["prompt_id"])):

@@ -130,7 +130,9 @@ def _check_data(run: _run.Run, facts: Mapping[str, Any], world: World) -> None:
     path = run.folder / "run.json"
     old = _run.read_json(path)
     if old and old["data"]["fingerprint"] != facts["fingerprint"]:
-        raise UserError(f"the data changed since {run.folder} began: choose another train.out (nothing was overwritten)")
+        raise UserError(
+            f"the data changed since {run.folder} began: choose another train.out (nothing was overwritten)"
+        )
     world.barrier()
     if world.is_main and not old:
         facts_of_run = _run.environment(str(world.device))

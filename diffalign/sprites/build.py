@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from diffalign.sprites import scene
 
 TOKENS = 16  # the longest caption has 14 words

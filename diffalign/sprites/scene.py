@@ -11,7 +11,7 @@ What a caption leaves out is free: the renderer draws it at random and the judge
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 
@@ -104,7 +104,7 @@ class _Reader:
         found = repr(self.words[0]) if self.words else "the end"
         return ValueError(f"not a sprites caption: {self.text!r}: wanted {wanted}, found {found}")
 
-    def maybe(self, options) -> str | None:
+    def maybe(self, options: Iterable[str]) -> str | None:
         for option in options:
             parts = option.split()
             if self.words[: len(parts)] == parts:
@@ -112,7 +112,7 @@ class _Reader:
                 return option
         return None
 
-    def must(self, options, wanted: str) -> str:
+    def must(self, options: Iterable[str], wanted: str) -> str:
         word = self.maybe(options)
         if word is None:
             raise self.fail(wanted)
@@ -135,7 +135,7 @@ def parse(text: str) -> Scene:
     number = reader.maybe(COUNTS)
     if number:
         count = COUNTS[number]
-        sprites = (reader.sprite(many=True),)
+        sprites: tuple[Sprite, ...] = (reader.sprite(many=True),)
     else:
         reader.must(("a",), "'a' or a number")
         sprites = (reader.sprite(),)
@@ -155,7 +155,7 @@ def parse(text: str) -> Scene:
     return Scene(sprites, relation, count, background)
 
 
-def _pick(rng: np.random.Generator, options) -> str:
+def _pick(rng: np.random.Generator, options: Iterable[str]) -> str:
     options = list(options)
     return options[int(rng.integers(len(options)))]
 

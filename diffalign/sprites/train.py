@@ -59,7 +59,10 @@ class State:
             self._load()
 
     def _load(self) -> None:
-        weights, average = load_file(self.folder / "weights.safetensors"), load_file(self.folder / "average.safetensors")
+        weights, average = (
+            load_file(self.folder / "weights.safetensors"),
+            load_file(self.folder / "average.safetensors"),
+        )
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(weights[name])
@@ -222,7 +225,9 @@ class Sd3:
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
-        self.empty = pipeline.tokenizer("", padding="max_length", max_length=build.TOKENS, return_tensors="pt").input_ids
+        self.empty = pipeline.tokenizer(
+            "", padding="max_length", max_length=build.TOKENS, return_tensors="pt"
+        ).input_ids
 
     def loss(self, x0: Tensor, tokens: Tensor, keep: Tensor) -> Tensor:
         """The unconditional input is the encoded empty prompt; the missing T5 is a block of zero tokens."""
@@ -290,7 +295,13 @@ def train_denoiser(name: str, work: Path, steps: int, seed: int, peak: float) ->
             smooth = loss.item() if state.step == 1 else 0.99 * smooth + 0.01 * loss.item()
             if state.step == steps or time.monotonic() - saved > SAVE_EVERY_S:
                 state.save()
-                stamp = {"steps": state.step, "of": steps, "batch": BATCH, "scenes": len(x0), "seed": seed}
+                stamp: dict[str, Any] = {
+                    "steps": state.step,
+                    "of": steps,
+                    "batch": BATCH,
+                    "scenes": len(x0),
+                    "seed": seed,
+                }
                 stamp |= {"seconds": round(state.seconds), "loss": smooth, "threads": torch.get_num_threads()}
                 write_weights(name, pipeline, state, stamp)
                 saved = time.monotonic()

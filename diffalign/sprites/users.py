@@ -29,7 +29,9 @@ class User:
     def __post_init__(self) -> None:
         unknown = set(self.taste) - {*COLOURS, *SIZES, *BACKGROUNDS}
         if unknown:
-            raise ValueError(f"a taste names {sorted(unknown)[0]!r}: choose colours, sizes and backgrounds of the world")
+            raise ValueError(
+                f"a taste names {sorted(unknown)[0]!r}: choose colours, sizes and backgrounds of the world"
+            )
         if self.temperature < 0 or not 0 <= self.flip_rate <= 1:
             raise ValueError("temperature must not be negative, flip_rate must lie in [0, 1]")
 

@@ -60,10 +60,14 @@ def test_sigkill_at_any_moment_then_the_same_command(folder, whole_run):
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(folder, whole_run):
-    result = run_cli("train", *tokens("sdxl", folder, "two", train__steps=12), processes=2)
-    assert result.returncode == 0, result.stderr
-    assert losses(folder / "two") == pytest.approx(losses(whole_run), abs=1e-6)
+def test_two_processes_equal_one(folder):
+    gentle = {"objective__beta": 500, "train__lr": 1e-4, "train__steps": 4}  # see test_train.GENTLE
+    for name, processes in (("one", 1), ("two", 2)):
+        result = run_cli("train", *tokens("sdxl", folder, name, **gentle), processes=processes)
+        assert result.returncode == 0, result.stderr
+    one = losses(folder / "one")
+    assert losses(folder / "two") == pytest.approx(one, abs=1e-6)
+    assert max(one) - min(one) > 1e-4
 
 
 def test_user_errors_exit_with_2_in_one_line(folder):
@@ -81,7 +85,9 @@ def test_debug_shows_the_traceback():
     assert "Traceback" in run_cli("train", "sdxk", "--debug").stderr
 
 
-@pytest.mark.parametrize("words", [["list", "methods"], ["list", "models"], ["list", "scorers"], ["list", "data"], ["doctor"]])
+@pytest.mark.parametrize(
+    "words", [["list", "methods"], ["list", "models"], ["list", "scorers"], ["list", "data"], ["doctor"]]
+)
 def test_information_verbs(words):
     result = run_cli(*words)
     assert result.returncode == 0, result.stderr
@@ -89,7 +95,8 @@ def test_information_verbs(words):
 
 
 def test_help_is_quick_and_loads_no_torch():
-    code = "import sys, diffalign.cli as c\ntry: c.main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    code = "import sys, diffalign.cli as c\ntry: c.main(['--help'])\nexcept SystemExit: pass\n"
+    code += "assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
@@ -102,10 +109,27 @@ def test_generate_score_label_train_evaluate_export(tmp_path):
         ["generate", "sprites-sdxl", "generate.prompts=sprites:train:12", f"generate.out={images}", *quick],
         ["score", f"score.images={images}", "score.scorers=[sprites-gold, sprites-proxy]"],
         ["label", f"label.scores={images}/scores.jsonl", "label.scorer=sprites-proxy", f"label.out={pairs}"],
-        ["train", "sprites-sdxl", "diffusion-dpo", f"source.data.path={pairs}", f"source.cache_dir={tmp_path / 'cache'}",
-         f"train.out={run}", "train.steps=2", "train.batch_size=4", "train.lr=1e-3", *quick],
-        ["evaluate", "sprites-sdxl", f"evaluate.adapters=[{run}/export]", "evaluate.prompts=sprites:heldout:6",
-         f"evaluate.run={run}", f"evaluate.out={tmp_path / 'evaluation'}", *quick],
+        [
+            "train",
+            "sprites-sdxl",
+            "diffusion-dpo",
+            f"source.data.path={pairs}",
+            f"source.cache_dir={tmp_path / 'cache'}",
+            f"train.out={run}",
+            "train.steps=2",
+            "train.batch_size=4",
+            "train.lr=1e-3",
+            *quick,
+        ],
+        [
+            "evaluate",
+            "sprites-sdxl",
+            f"evaluate.adapters=[{run}/export]",
+            "evaluate.prompts=sprites:heldout:6",
+            f"evaluate.run={run}",
+            f"evaluate.out={tmp_path / 'evaluation'}",
+            *quick,
+        ],
         ["export", f"export.run={run}", "export.format=kohya", f"export.out={tmp_path / 'webui'}"],
     ]
     for words in verbs:
@@ -124,8 +148,14 @@ def test_generate_score_label_train_evaluate_export(tmp_path):
 @pytest.mark.slow
 def test_scoring_resumes_after_a_torn_line(tmp_path):
     images = tmp_path / "images"
-    words = ["generate", "sprites-sdxl", "generate.prompts=sprites:train:4", f"generate.out={images}",
-             "generate.images_per_prompt=1", "sampling.num_steps=2"]
+    words = [
+        "generate",
+        "sprites-sdxl",
+        "generate.prompts=sprites:train:4",
+        f"generate.out={images}",
+        "generate.images_per_prompt=1",
+        "sampling.num_steps=2",
+    ]
     assert run_cli(*words).returncode == 0
     assert run_cli("score", f"score.images={images}").returncode == 0
     scores = images / "scores.jsonl"

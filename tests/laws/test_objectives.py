@@ -125,7 +125,9 @@ def check_zero(objective: Callable[[Likelihoods], LossOutput], beta: float) -> N
     """At policy = reference: loss ln 2, margin 0, gradient +-beta / 2 per prompt."""
     likelihoods = at_reference(random_likelihoods(6))
     output = objective(likelihoods)
-    torch.testing.assert_close(output.per_prompt, torch.full((6,), math.log(2), dtype=torch.float64), rtol=0, atol=1e-15)
+    torch.testing.assert_close(
+        output.per_prompt, torch.full((6,), math.log(2), dtype=torch.float64), rtol=0, atol=1e-15
+    )
     assert (output.metrics["margin"] == 0).all()
     winner, loser = split_pair(gradient(objective, likelihoods), likelihoods.utility)
     torch.testing.assert_close(winner, torch.full((6,), -beta / 2 / 6, dtype=torch.float64))

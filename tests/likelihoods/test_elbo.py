@@ -45,7 +45,12 @@ def batch(num: int = 4, candidates: int = 2, dtype: torch.dtype = torch.float64)
     utility = torch.tensor([1.0, 0.0], dtype=dtype).repeat(num, 1)[:, :candidates]
     cond = {"shift": torch.randn(num, candidates, generator=generator, dtype=dtype)}
     return EndpointBatch(
-        torch.arange(num) * 7919, torch.zeros(num, dtype=torch.long), x0, cond, utility, torch.ones(num, candidates).bool()
+        torch.arange(num) * 7919,
+        torch.zeros(num, dtype=torch.long),
+        x0,
+        cond,
+        utility,
+        torch.ones(num, candidates).bool(),
     )
 
 
@@ -157,7 +162,7 @@ def test_sum_is_mean_times_latent_size_and_tiling_keeps_the_mean():  # L13
 
 
 def test_draws_average():
-    schedule, data, policy = SCHEDULES["flow"], batch(), Linear(SCHEDULES["flow"])
+    _schedule, data, policy = SCHEDULES["flow"], batch(), Linear(SCHEDULES["flow"])
     three = build("likelihood", {"name": "elbo", "draws": 3})(policy, policy, data)
     one = build("likelihood", {"name": "elbo"})
     singles = [one(policy, policy, replace(data, visits=torch.full((4,), m))).logp for m in range(3)]

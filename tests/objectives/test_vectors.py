@@ -68,7 +68,9 @@ def test_error_level_vectors(spec, expected):
     output = build("objective", spec)(at_errors(*ROWS))
     torch.testing.assert_close(output.per_prompt, torch.tensor(expected, dtype=torch.float64), atol=1e-6, rtol=0)
     single = build("objective", spec)(at_errors(*ROWS, dtype=torch.float32))
-    torch.testing.assert_close(single.per_prompt.double(), torch.tensor(expected, dtype=torch.float64), atol=0, rtol=1e-5)
+    torch.testing.assert_close(
+        single.per_prompt.double(), torch.tensor(expected, dtype=torch.float64), atol=0, rtol=1e-5
+    )
 
 
 def test_smoothed_labels():  # C-cdpo: rewards given, beta 0.5, so log-ratios are rewards / beta

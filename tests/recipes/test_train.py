@@ -13,7 +13,7 @@ from makers import pickapic, tokens
 
 from diffalign.config import resolve
 from diffalign.metrics import read_metrics
-from diffalign.recipes.train import train
+from diffalign.recipes.train import set_up, train, train_step
 from diffalign.types import UserError
 
 FAMILIES = ("sd15", "sdxl", "sd3")
@@ -74,18 +74,29 @@ def test_full_weights_start_at_ln_2_and_export_a_pipeline(folder):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_it_learns_what_separates_the_pairs(family, folder):
-    run = f"learn-{family}"
-    go(family, folder, run, train__steps=30, train__lr=3e-3, objective__beta=500, train__checkpoint_every=30)
-    rows = read_metrics(folder / run)
-    last = [row["implicit_accuracy"] for row in rows[-8:]]
-    assert sum(last) / len(last) > 0.8
-    assert rows[-1]["holdout/implicit_accuracy"] > 0.7  # winners are bright, losers dark: it generalises
+def test_steps_on_one_draw_lower_its_loss(family, folder):
+    """The whole chain's sign: cache, likelihood, reference, objective, backward, optimizer."""
+    words = tokens(family, folder, f"learn-{family}", objective__beta=500, train__warmup_steps=0)
+    trainer = set_up(resolve(words))
+    batch = trainer.batches.batch(0)
+    rows = [train_step(trainer, batch, step=0) for _ in range(8)]
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert rows[-1]["loss"] < 0.5 and rows[-1]["implicit_accuracy"] == 1 and rows[-1]["margin"] > 0
+    assert rows[-1]["winner_error_gap"] < rows[-1]["loser_error_gap"]
 
 
 def test_metrics_say_what_users_look_for(sdxl_run):
     row = read_metrics(sdxl_run)[-1]
-    wanted = {"loss", "margin", "implicit_accuracy", "winner_error_gap", "loser_error_gap", "grad_norm", "lr", "tie_rate"}
+    wanted = {
+        "loss",
+        "margin",
+        "implicit_accuracy",
+        "winner_error_gap",
+        "loser_error_gap",
+        "grad_norm",
+        "lr",
+        "tie_rate",
+    }
     assert wanted <= set(row)
     assert any(key.startswith("margin/t") for key in row)
 
@@ -96,7 +107,7 @@ def test_run_folder_tells_the_run(sdxl_run):
     assert resolve([str(sdxl_run / "config.yaml")]).train.steps == 4
     check = json.loads((sdxl_run / "export_check.json").read_text())
     assert check["problems"] == [] and check["image_max_difference"] > 0 and check["norm"] > 0
-    assert check["num_targets_covered"] == check["num_targets"]
+    assert check["num_targets_covered"] == check["num_targets"] and check["num_tensors"] == 2 * check["num_targets"]
     assert list((sdxl_run / "samples").glob("step-*.png"))
 
 
@@ -122,15 +133,28 @@ def test_exported_lora_loads_in_plain_diffusers(sdxl_run, folder):
     assert not torch.equal(image(), before)
 
 
-def test_accumulation_equals_one_large_batch(folder):
-    whole = go("sdxl", folder, "acc-1x8", train__batch_size=8)
-    parts = go("sdxl", folder, "acc-8x1", train__batch_size=8, train__micro_batch_size=1)
-    assert parts == pytest.approx(whole, abs=1e-6)
+# Rounding of a loss is multiplied by beta and by Adam's sign-like first steps: equality to 1e-6 needs both moderate.
+GENTLE = {"objective__beta": 500, "train__lr": 1e-4}
 
 
-def test_cached_and_freshly_encoded_give_the_same_loss(folder, sdxl_run):
-    fresh = go("sdxl", folder, "fresh", source__cache="false")
-    assert fresh == pytest.approx(losses(sdxl_run), abs=1e-6)
+def assert_same_and_moving(found: list[float], expected: list[float]) -> None:
+    assert found == pytest.approx(expected, abs=1e-6)
+    assert max(expected) - min(expected) > 1e-4  # a run that stands still would prove nothing
+
+
+@pytest.fixture(scope="module")
+def gentle_losses(folder: Path) -> list[float]:
+    return go("sdxl", folder, "acc-1x8", train__batch_size=8, **GENTLE)
+
+
+def test_accumulation_equals_one_large_batch(folder, gentle_losses):
+    parts = go("sdxl", folder, "acc-8x1", train__batch_size=8, train__micro_batch_size=1, **GENTLE)
+    assert_same_and_moving(parts, gentle_losses)
+
+
+def test_cached_and_freshly_encoded_give_the_same_loss(folder, gentle_losses):
+    fresh = go("sdxl", folder, "fresh", source__cache="false", train__batch_size=8, **GENTLE)
+    assert_same_and_moving(fresh, gentle_losses)
 
 
 def test_resume_goes_on_bit_for_bit(folder, sdxl_run):
