@@ -160,7 +160,7 @@ def _dilate(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return reach
 
 
-def _extent(line: NDArray[np.bool_]) -> slice:
+def _extent(line: Any) -> slice:
     """From the first True to the last."""
     return slice(int(line.argmax()), len(line) - int(line[::-1].argmax()))
 
@@ -216,7 +216,7 @@ def find(image: Any) -> tuple[list[Found], str | None]:
                 continue
             colour = _core_colour(near, part)
             reach = _dilate(part) & inside[crop]
-            y, x = _extent(reach.any(axis=1)), _extent(reach.any(axis=0))
+            y, x = _extent(np.any(reach, axis=1)), _extent(np.any(reach, axis=0))
             # Antialiased rims count by how far they are from the ground.
             depth = np.float32(max(float(np.linalg.norm(colour - ground)), CONTRAST))
             cover = np.minimum(far[y, x] / depth, 1) * reach[y, x]

@@ -20,12 +20,12 @@ JITTER = 6  # each sprite's colour varies by up to this many levels a channel
 _YX = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) + 0.5
 
 
-def _box(x: np.ndarray, y: np.ndarray, half_x: float, half_y: float) -> np.ndarray:
+def _box(x: np.ndarray, y: np.ndarray, half_x: float | np.ndarray, half_y: float | np.ndarray) -> np.ndarray:
     dx, dy = np.abs(x) - half_x, np.abs(y) - half_y
     return np.hypot(np.maximum(dx, 0), np.maximum(dy, 0)) + np.minimum(np.maximum(dx, dy), 0)
 
 
-def distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
+def distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float | np.ndarray) -> np.ndarray:
     """Signed distance in pixels (negative inside) from points (x right, y down) to a shape centred at the origin."""
     if shape == "circle":
         return np.hypot(x, y) - radius

@@ -1,7 +1,8 @@
 """Trains the embedded models: `python -m diffalign.sprites.train {vae,sdxl,sd3}`; the same command resumes.
 
 The VAE comes first; then each denoiser learns, together with its text encoders, on latents of rendered scenes whose
-captions are of the training split. Weights land in `weights/<name>/` as ordinary diffusers pipelines, a stamp beside.
+captions are of the training split. Weights land in `weights/<name>/` as ordinary diffusers pipelines, a stamp beside;
+`diffalign.sprites.measure` then adds the judged accuracy to the stamp.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shutil
 import time
 from pathlib import Path
@@ -18,19 +18,20 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffalign.progress import Progress
 from diffalign.sprites import build
 from diffalign.sprites.render import render
 from diffalign.sprites.scene import caption, is_held_out, parse, sample_scene
+from diffalign.sprites.training_state import State, rate, swap_in
 
 WEIGHTS = Path(__file__).parent / "weights"
 NUM_SCENES = 40_000
 BATCH = 32
 UNCONDITIONAL = 0.1  # share of captions replaced by the model's unconditional input
-EMA = 0.999
 SAVE_EVERY_S = 180.0
+DEFAULT_STEPS = {"sdxl": 6000, "sd3": 7600}  # about 40 and 60 minutes on one core each
 
 
 def training_caption(rng: np.random.Generator) -> str:
@@ -45,69 +46,6 @@ def render_batch(captions: list[str], rng: np.random.Generator) -> Tensor:
     """Pictures in [-1, 1], [n, 3, 64, 64]."""
     images = np.stack([np.asarray(render(parse(text), rng)) for text in captions])
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-class State:
-    """What training needs to go on: weights, their average, optimizer, step and seconds; saved atomically."""
-
-    def __init__(self, folder: Path, modules: dict[str, nn.Module], lr: float, betas: tuple[float, float]) -> None:
-        self.folder, self.modules, self.step, self.seconds = folder, modules, 0, 0.0
-        self.parameters = {f"{m}.{n}": p for m, module in modules.items() for n, p in module.named_parameters()}
-        self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=lr, betas=betas, weight_decay=0.01, fused=True)
-        if (folder / "state.json").is_file():
-            self._load()
-
-    def _load(self) -> None:
-        weights, average = (
-            load_file(self.folder / "weights.safetensors"),
-            load_file(self.folder / "average.safetensors"),
-        )
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(weights[name])
-                self.average[name].copy_(average[name])
-        self.optimizer.load_state_dict(torch.load(self.folder / "optimizer.pt", weights_only=True))
-        stamp = json.loads((self.folder / "state.json").read_text())
-        self.step, self.seconds = stamp["step"], stamp["seconds"]
-
-    def save(self) -> None:
-        """Writes the state beside the old one, then takes its place."""
-        temporary = self.folder.with_name(self.folder.name + ".writing")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        save_file({n: p.detach().contiguous() for n, p in self.parameters.items()}, temporary / "weights.safetensors")
-        save_file({n: p.contiguous() for n, p in self.average.items()}, temporary / "average.safetensors")
-        torch.save(self.optimizer.state_dict(), temporary / "optimizer.pt")
-        (temporary / "state.json").write_text(json.dumps({"step": self.step, "seconds": self.seconds}))
-        shutil.rmtree(self.folder, ignore_errors=True)
-        os.replace(temporary, self.folder)
-
-    @torch.no_grad()
-    def update(self, loss: Tensor, lr: float) -> None:
-        """One optimizer step and the average's."""
-        self.step += 1
-        nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        decay = min(EMA, (self.step + 1) / (self.step + 10))
-        for name, parameter in self.parameters.items():
-            self.average[name].lerp_(parameter, 1 - decay)
-
-    def averaged(self) -> dict[str, dict[str, Tensor]]:
-        """module -> its averaged state dict."""
-        found: dict[str, dict[str, Tensor]] = {name: dict(m.state_dict()) for name, m in self.modules.items()}
-        for name, value in self.average.items():
-            module, _, key = name.partition(".")
-            found[module][key] = value
-        return found
-
-
-def rate(step: int, steps: int, peak: float, warmup: int = 200) -> float:
-    """Linear warm-up, then cosine to a fiftieth of the peak."""
-    return peak * min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
 
 
 def train_vae(work: Path, steps: int, seed: int) -> None:
@@ -261,8 +199,7 @@ def write_weights(name: str, pipeline: Any, state: State, stamp: dict[str, Any])
     (temporary / "training.json").write_text(json.dumps(stamp, indent=2) + "\n")
     for module, original in kept.items():
         getattr(pipeline, module).float().load_state_dict(original.state_dict())
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)
+    swap_in(temporary, final)
 
 
 def train_denoiser(name: str, work: Path, steps: int, seed: int, peak: float) -> None:
@@ -282,7 +219,7 @@ def train_denoiser(name: str, work: Path, steps: int, seed: int, peak: float) ->
     task = Sdxl(pipeline) if name == "sdxl" else Sd3(pipeline)
     modules = {module: getattr(pipeline, module).train() for module in task.modules}
     state = State(work / f"{name}-state", modules, peak, (0.9, 0.99))
-    begun, saved, smooth = time.monotonic() - state.seconds, time.monotonic(), 0.0
+    begun, saved, smooth = time.monotonic() - state.seconds, time.monotonic(), None
     with Progress(name, steps, state.step, "step") as progress:
         while state.step < steps:
             torch.manual_seed(seed * 1_000_003 + state.step)
@@ -292,7 +229,7 @@ def train_denoiser(name: str, work: Path, steps: int, seed: int, peak: float) ->
             loss.backward()
             state.update(loss, rate(state.step, steps, peak))
             state.seconds = time.monotonic() - begun
-            smooth = loss.item() if state.step == 1 else 0.99 * smooth + 0.01 * loss.item()
+            smooth = loss.item() if smooth is None else 0.99 * smooth + 0.01 * loss.item()
             if state.step == steps or time.monotonic() - saved > SAVE_EVERY_S:
                 state.save()
                 stamp: dict[str, Any] = {
@@ -314,7 +251,7 @@ def main() -> None:
     parser.add_argument("what", choices=("vae", "encode", "sdxl", "sd3"))
     parser.add_argument("--work", type=Path, default=Path("runs/sprites"), help="checkpoints and encoded scenes")
     parser.add_argument("--steps", type=int, help="optimizer steps")
-    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="CPU threads")
     arguments = parser.parse_args()
@@ -322,11 +259,17 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     arguments.work.mkdir(parents=True, exist_ok=True)
     if arguments.what == "vae":
-        train_vae(arguments.work, arguments.steps or 1500, arguments.seed)
+        train_vae(arguments.work, arguments.steps or 1650, arguments.seed)
     elif arguments.what == "encode":
         encode_scenes(arguments.work, arguments.seed)
     else:
-        train_denoiser(arguments.what, arguments.work, arguments.steps or 7000, arguments.seed, arguments.lr)
+        train_denoiser(
+            arguments.what,
+            arguments.work,
+            arguments.steps or DEFAULT_STEPS[arguments.what],
+            arguments.seed,
+            arguments.lr,
+        )
 
 
 if __name__ == "__main__":

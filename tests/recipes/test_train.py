@@ -81,7 +81,7 @@ def test_steps_on_one_draw_lower_its_loss(family, folder):
     batch = trainer.batches.batch(0)
     rows = [train_step(trainer, batch, step=0) for _ in range(8)]
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
-    assert rows[-1]["loss"] < 0.5 and rows[-1]["implicit_accuracy"] == 1 and rows[-1]["margin"] > 0
+    assert rows[-1]["loss"] < 0.65 and rows[-1]["implicit_accuracy"] == 1 and rows[-1]["margin"] > 0
     assert rows[-1]["winner_error_gap"] < rows[-1]["loser_error_gap"]
 
 
@@ -133,8 +133,9 @@ def test_exported_lora_loads_in_plain_diffusers(sdxl_run, folder):
     assert not torch.equal(image(), before)
 
 
-# Rounding of a loss is multiplied by beta and by Adam's sign-like first steps: equality to 1e-6 needs both moderate.
-GENTLE = {"objective__beta": 500, "train__lr": 1e-4}
+# Kernels round differently for other batch shapes, by about 1e-7 of an error near 1, and beta / 2 multiplies that:
+# at beta 20 equality to 1e-6 is a statement about the code, at 5000 about float32.
+GENTLE = {"objective__beta": 20, "train__lr": 1e-3}
 
 
 def assert_same_and_moving(found: list[float], expected: list[float]) -> None:

@@ -1,0 +1,87 @@
+"""Pieces of the verbs that need no model: pairing rules, prompt lists, model names, run folders."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from diffalign.config import resolve
+from diffalign.recipes._prompts import read_prompts
+from diffalign.recipes._run import differences, open_folder
+from diffalign.recipes.evaluate import categories_of, model_names
+from diffalign.recipes.label import pairs_of
+from diffalign.recipes.score import _keep_whole_lines
+from diffalign.types import UserError
+
+
+def group(*scores: float) -> list[dict]:
+    return [{"scores": {"s": score}} for score in scores]
+
+
+def test_best_against_worst():
+    assert list(pairs_of(group(0.2, 0.9, 0.1, 0.9), "s", "best-worst", 0.0)) == [(1, 2)]
+    assert list(pairs_of(group(0.5, 0.5), "s", "best-worst", 0.0)) == []  # a tie is no pair
+    assert list(pairs_of(group(0.5, 0.6), "s", "best-worst", 0.2)) == []
+
+
+def test_all_pairs_put_the_winner_first():
+    assert list(pairs_of(group(0.2, 0.9, 0.2), "s", "all-pairs", 0.0)) == [(1, 0), (1, 2)]
+    assert list(pairs_of(group(3.0, 2.0, 1.0), "s", "all-pairs", 1.5)) == [(0, 2)]
+
+
+def test_prompt_lists(tmp_path):
+    text, jsonl = tmp_path / "p.txt", tmp_path / "p.jsonl"
+    text.write_text("a cat\n\n  a dog \n")
+    jsonl.write_text('{"prompt": "a cat"}\n{"caption": "a dog"}\n')
+    assert read_prompts(str(text), "k") == read_prompts(str(jsonl), "k") == ["a cat", "a dog"]
+    held_out = read_prompts("sprites:heldout:5:two", "k")
+    assert len(held_out) == 5 and categories_of(held_out) == ["two"] * 5
+    assert categories_of(["a cat"]) is None
+
+
+@pytest.mark.parametrize(
+    "spec,content,match",
+    [
+        (None, None, "generate.prompts is missing"),
+        ("nowhere.txt", None, "no such file"),
+        ("empty.txt", "\n\n", "holds no prompts"),
+        ("broken.jsonl", '{"prompt": "x"}\n{"prompt": ', "line 2"),
+        ("other.jsonl", '{"text": "x"}', "line 1"),
+        ("sprites:test:5", None, "sprites:<train|heldout>"),
+        ("sprites:train:five", None, "sprites:<train|heldout>"),
+        ("sprites:train:5:three", None, "sprites:<train|heldout>"),
+    ],
+)
+def test_bad_prompt_lists(spec, content, match, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        (tmp_path / spec).write_text(content)
+    with pytest.raises(UserError, match=match):
+        read_prompts(spec, "generate.prompts")
+
+
+def test_model_names():
+    assert list(model_names(("runs/a/export", "runs/b/export"), ())) == ["base", "a", "b"]
+    with pytest.raises(UserError, match="2 names for 1"):
+        model_names(("x",), ("a", "b"))
+    with pytest.raises(UserError, match="must differ"):
+        model_names(("runs/a/export", "other/a/export"), ())
+
+
+def test_a_folder_belongs_to_one_config(tmp_path):
+    config = resolve(["sdxl", "diffusion-dpo"])
+    sections = ("model", "objective")
+    assert open_folder(tmp_path / "run", config, sections).is_new
+    assert not open_folder(tmp_path / "run", config, sections).is_new
+    with pytest.raises(UserError, match=r"objective.beta: 5000.0 -> 7.0"):
+        open_folder(tmp_path / "run", resolve(["sdxl", "diffusion-dpo", "objective.beta=7"]), sections)
+    assert differences({"a": {"b": 1}}, {"a": {"b": 2}, "c": 3}) == ["a.b: 1 -> 2", "c: None -> 3"]
+
+
+def test_a_torn_line_is_cut_off(tmp_path):
+    path = tmp_path / "scores.jsonl"
+    assert _keep_whole_lines(path) == 0
+    path.write_text(json.dumps({"a": 1}) + "\n" + '{"a": ')
+    assert _keep_whole_lines(path) == 1
+    assert path.read_text() == '{"a": 1}\n'
