@@ -85,8 +85,9 @@ class RecordedBatches:
         }
 
     def _report(self) -> dict[str, Any]:
-        report = getattr(self.data, "report", None) or self.source.reader.report
-        return {"used": len(self.data), "dropped": dict(report.dropped)}
+        """Counts of the rows used and left out, without the list of the bad ones (the cache's report.json has it)."""
+        report = self.data.report.as_dict()
+        return {key: report[key] for key in ("num_rows", "num_kept", "bad", "dropped")}
 
     def _sample_prompts(self) -> list[str]:
         rows = self.holdout_rows if len(self.holdout_rows) else self.train_rows

@@ -35,7 +35,10 @@ def load(folder: Path) -> Any:
 
     name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
     if name == "StableDiffusion3Pipeline":
-        pipeline = StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=torch.float32)
+        # diffusers holds SD3's T5 for required unless told that it is absent on purpose.
+        pipeline = StableDiffusion3Pipeline.from_pretrained(
+            folder, text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32
+        )
     else:
         pipeline = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)

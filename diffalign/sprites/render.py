@@ -90,7 +90,7 @@ def _complete(sprite: Sprite, rng: np.random.Generator) -> Sprite:
 def render(scene: Scene, rng: np.random.Generator) -> Image.Image:
     """A SIZE x SIZE RGB picture of the scene; what the scene leaves open is drawn at random from `rng`."""
     background = scene.background or str(rng.choice(list(BACKGROUNDS)))
-    sprites = [_complete(sprite, rng) for sprite in scene.sprites for _ in range(1)]
+    sprites = [_complete(sprite, rng) for sprite in scene.sprites]
     if scene.count > 1:
         sprites = sprites * scene.count
     radii = [float(rng.uniform(*RADII[str(sprite.size)])) for sprite in sprites]

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from diffalign.sprites.judge import find, judge
-from diffalign.sprites.scene import BACKGROUNDS, COLOURS, SIZES
+from diffalign.sprites.judge import compare, find
+from diffalign.sprites.scene import BACKGROUNDS, COLOURS, SIZES, parse
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class User:
         items, ground = find(image)
         likes = [self.taste.get(str(item.colour), 0.0) + self.taste.get(item.size, 0.0) for item in items]
         liking = float(np.mean(likes)) if likes else 0.0
-        return self.gold_weight * judge(image, caption).score + liking + self.taste.get(str(ground), 0.0)
+        gold = compare(parse(caption), items, ground).score
+        return self.gold_weight * gold + liking + self.taste.get(str(ground), 0.0)
 
     def prefers_first(self, first: Any, second: Any, caption: str, rng: np.random.Generator) -> bool:
         """One vote between two pictures; a coin where nothing tells them apart."""
