@@ -65,7 +65,7 @@ def run_cli(*words: str, processes: int = 1, timeout: float = 300) -> subprocess
     """`diffalign WORDS` in a process of its own, or in several over gloo."""
     launcher = [sys.executable, "-m"]
     if processes > 1:
-        launcher += ["torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=0", "-m"]
+        launcher += ["torch.distributed.run", f"--nproc-per-node={processes}", "--standalone", "-m"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
     return subprocess.run(
         [*launcher, "diffalign", *words], capture_output=True, text=True, timeout=timeout, env=environment

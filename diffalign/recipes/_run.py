@@ -18,6 +18,7 @@ import yaml
 from diffalign import __version__
 from diffalign.checkpoint import write_atomic
 from diffalign.config import Config, fingerprint
+from diffalign.distributed import World
 from diffalign.types import UserError
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy")
@@ -44,7 +45,7 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
     return [] if old == new else [f"{where}: {old} -> {new}"]
 
 
-def open_folder(folder: Path, config: Config, sections: tuple[str, ...], is_main: bool = True) -> Run:
+def open_folder(folder: Path, config: Config, sections: tuple[str, ...]) -> Run:
     """Makes or re-opens a folder that belongs to one config, and writes the resolved `config.yaml` into a new one.
 
     Raises:
@@ -56,18 +57,24 @@ def open_folder(folder: Path, config: Config, sections: tuple[str, ...], is_main
     if not path.is_file():
         if folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"{folder} is not empty and no folder of ours: choose another (nothing was overwritten)")
-        if is_main:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                write_atomic(path, yaml.safe_dump(resolved, sort_keys=False))
-            except OSError as error:
-                raise UserError(f"cannot write to {folder}: {error.strerror}") from error
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, yaml.safe_dump(resolved, sort_keys=False))
+        except OSError as error:
+            raise UserError(f"cannot write to {folder}: {error.strerror}") from error
         return Run(folder, mark, is_new=True)
     old = yaml.safe_load(path.read_text())
     if not isinstance(old, Mapping) or fingerprint(old) != mark:
         changed = "; ".join(differences(old, json.loads(json.dumps(resolved)))[:4])
         raise UserError(f"{folder} belongs to a different config ({changed}): choose another (nothing was overwritten)")
     return Run(folder, mark, is_new=False)
+
+
+def open_together(folder: Path, config: Config, sections: tuple[str, ...], world: World) -> Run:
+    """`open_folder` by every process: the main one first, so that no other sees a folder half made."""
+    run = open_folder(folder, config, sections) if world.is_main else None
+    world.barrier()
+    return run or open_folder(folder, config, sections)
 
 
 def git_state() -> dict[str, Any]:

@@ -93,7 +93,7 @@ def evaluate(config: Config, quiet: bool = False, seconds: Mapping[str, float] |
     models = model_names(settings.adapters, settings.names)
     folder = Path(settings.out or f"runs/{config.title}-evaluation")
     world = World(settings.device, "auto")
-    _run.open_folder(folder, config, ("model", "sampling", "evaluate"), world.is_main)
+    _run.open_together(folder, config, ("model", "sampling", "evaluate"), world)
     begun = time.perf_counter()
     how = Generate(images_per_prompt=settings.seeds, seed=settings.seed, device=settings.device)
     for name, adapter in models.items():

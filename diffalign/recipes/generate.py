@@ -96,7 +96,7 @@ def generate(config: Config, quiet: bool = False) -> Path:
     prompts = read_prompts(settings.prompts, "generate.prompts")
     folder = Path(settings.out or f"runs/{config.title}-images")
     world = World(settings.device, "auto")
-    _run.open_folder(folder, config, ("model", "sampling", "generate"), world.is_main)
+    _run.open_together(folder, config, ("model", "sampling", "generate"), world)
     facts = read_facts(folder)
     if facts and facts["prompts"] != len(prompts):
         raise UserError(f"the prompts changed since {folder} began: choose another generate.out")

@@ -117,7 +117,7 @@ def stamp(folder: Path, report: dict[str, Any]) -> None:
     """Adds the report to the folder's training.json, replacing an earlier one; the file appears whole."""
     path = folder / "training.json"
     values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    values |= {"cores": os.cpu_count(), "commit": commit(), "judged": report}
+    values["judged"] = report | {"cores": os.cpu_count(), "commit": commit()}  # of the measuring, not of the training
     temporary = path.with_name(f".training.{os.getpid()}.json")
     temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     temporary.replace(path)
