@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -87,9 +88,10 @@ def load(path: Path, fingerprint: str | None = None) -> Checkpoint:
         state = json.loads((path / "state.json").read_text())
         extra = torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu")
         weights, ema = load_file(path / "weights.safetensors"), load_file(path / "ema.safetensors")
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        kind = type(error).__name__
         raise UserError(
-            f"checkpoint {path} is incomplete or broken ({error}): delete it to resume from the one before"
+            f"checkpoint {path} is incomplete or broken ({kind}): delete it to use the one before"
         ) from error
     if fingerprint is not None and state["fingerprint"] != fingerprint:
         raise UserError(f"checkpoint {path} belongs to another config: choose another train.out")

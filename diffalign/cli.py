@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffalign import __version__
-from diffalign.types import UserError
+from diffalign.errors import UserError
 
 if TYPE_CHECKING:
     from diffalign.evaluation import Comparison

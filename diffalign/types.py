@@ -15,9 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-
-class UserError(ValueError):
-    """Bad input of the user: one line that names the file or key and what to do. The CLI exits with code 2 on it."""
+from diffalign.errors import UserError as UserError  # here for all who need types anyway
 
 
 @dataclass(frozen=True)
