@@ -27,9 +27,10 @@ import torch
 from PIL import Image
 from torch.nn.functional import softplus
 
+from diffalign._json import write_json
 from diffalign.config import Config, resolve
 from diffalign.data import RecordWriter
-from diffalign.recipes._run import environment, write_json
+from diffalign.recipes._run import environment
 from diffalign.recipes.train import set_up, train_step
 from diffalign.types import Record
 

@@ -10,6 +10,8 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from diffalign._atomic import write_atomic
+
 
 def finite(value: Any) -> Any:
     """`value` as plain JSON types: non-finite floats become None, arrays lists, dataclasses mappings, paths text."""
@@ -37,12 +39,9 @@ def to_json(value: Any, indent: int | None = None) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` indented, whole or not at all: readers never meet half a file."""
-    write_text(path, to_json(value, indent=2) + "\n")
+    write_atomic(path, to_json(value, indent=2) + "\n")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replaces `path` atomically with `text` in UTF-8; what UTF-8 cannot hold (lone surrogates) becomes '?'."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(text.encode("utf-8", errors="replace"))
-    os.replace(part, path)
+def read_json(path: Path) -> Any:
+    """A JSON file's value, {} where there is none."""
+    return json.loads(path.read_text()) if path.is_file() else {}

@@ -98,13 +98,6 @@ def load(path: Path, fingerprint: str | None = None) -> Checkpoint:
     return Checkpoint(state["step"], weights, ema, extra["optimizer"], extra["scaler"])
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Writes a small text file so that readers see the old or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def as_tensors(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Detached copies on the CPU, for a checkpoint."""
     return {name: value.detach().to("cpu", copy=True) for name, value in values.items()}

@@ -27,6 +27,7 @@ VERBS = {
     "export": "a run's weights as diffusers LoRA or pipeline, or with webui keys",
     "check": "dry run on a tiny twin; estimates memory, disk and time of the real one",
     "demo": "the whole loop on an embedded model (sprites-sdxl or sprites-sd3)",
+    "convert-beta": "one beta in the conventions of papers and code bases",
     "list": "methods, models, scorers or data",
     "doctor": "what this machine has",
 }
@@ -53,6 +54,10 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if verb == "list":
             sub.add_argument("kind", choices=("methods", "models", "scorers", "data", "objectives"))
+        elif verb == "convert-beta":
+            sub.add_argument("value", type=float)
+            sub.add_argument("convention", nargs="?", default="diffalign", help="whose beta it is")
+            sub.add_argument("--latent", type=int, nargs="+", default=(4, 64, 64), help="C H W (default 4 64 64)")
         elif verb != "doctor":
             sub.add_argument("--quiet", action="store_true", help="no progress")
             sub.add_argument(
@@ -91,6 +96,11 @@ def _run(arguments: argparse.Namespace) -> None:
         from diffalign.recipes.doctor import doctor
 
         print("\n".join(doctor()))
+        return
+    if verb == "convert-beta":
+        from diffalign.beta import beta_table
+
+        print("\n".join(beta_table(arguments.value, arguments.convention, arguments.latent)))
         return
     from diffalign import api
     from diffalign.config import resolve

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import yaml
 
-from diffalign.registry import PACKAGES, build, build_dataclass, suggest
+from diffalign.registry import build, build_dataclass, suggest
 from diffalign.types import UserError
 
 
@@ -167,6 +167,7 @@ class Config:
     export: Export = field(default_factory=Export)
     log: Log = field(default_factory=Log)
     names: Mapping[str, str] = field(default_factory=dict)  # component -> its name
+    unnamed: Mapping[str, Any] = field(default_factory=dict)  # components of which keys are given, but no name
     title: str = "run"  # from the config files' names, for the default run folder
 
     def require(self, *components: str) -> None:
@@ -178,9 +179,9 @@ class Config:
         for component in components:
             if getattr(self, component) is None:
                 kind = "models" if component == "model" else "methods"
-                raise UserError(
-                    f"no {component} configured: name one ({', '.join(config_names(kind))}) or set {component}.name"
-                )
+                said = f"keys are given for it, but no {component}.name" if component in self.unnamed else "none given"
+                names = ", ".join(config_names(kind))
+                raise UserError(f"no {component} configured ({said}): name one ({names}) or set {component}.name")
 
     def to_dict(self, sections: Sequence[str] | None = None) -> dict[str, Any]:
         """Plain mappings, as written to `config.yaml`; it resolves to the same config."""
@@ -298,15 +299,17 @@ def resolve(tokens: Sequence[str | Mapping[str, Any]]) -> Config:
             merged = _merge(merged, content)
     built: dict[str, Any] = {}
     names: dict[str, str] = {}
+    unnamed: dict[str, Any] = {}
     for section, values in merged.items():
         if section not in (*COMPONENTS, *SECTIONS):
             raise UserError(f"unknown section {section!r}.{suggest(section, [*COMPONENTS, *SECTIONS])}")
         if not isinstance(values, Mapping):
             raise UserError(f"{section} must hold keys, for example {section}.name=... (got {values!r})")
-        if section in COMPONENTS:
-            assert section in PACKAGES
+        if section in COMPONENTS and "name" not in values:
+            unnamed[section] = values  # a verb that needs the component refuses; the others go on without
+        elif section in COMPONENTS:
             built[section] = build(section, values)
             names[section] = str(values["name"])
         else:
             built[section] = build_dataclass(SECTIONS[section], values, section)
-    return Config(**built, names=names, title="-".join(titles) or "run")
+    return Config(**built, names=names, unnamed=unnamed, title="-".join(titles) or "run")

@@ -14,8 +14,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from diffalign._atomic import write_atomic
 from diffalign._charts import PANELS, draw, series
-from diffalign._json import finite, write_json, write_text
+from diffalign._json import finite, write_json
 from diffalign._pictures import embed, image_grid
 
 __all__ = ["Picture", "PictureRow", "ReportData", "image_grid", "write_report"]
@@ -258,5 +259,5 @@ def write_report(folder: str | Path, data: ReportData) -> Path:
         buckets=finite(bucket_table(data.metrics)),
         num_steps=len(series(data.metrics, ["loss"])[0]),
     )
-    write_text(folder / "report.html", page)
+    write_atomic(folder / "report.html", page)
     return folder / "report.html"

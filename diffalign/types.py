@@ -55,6 +55,7 @@ class EndpointBatch:
     cond: Mapping[str, Tensor]  # opaque to all but the model family, [B, K, ...]: a caption per candidate is normal
     utility: Float[Tensor, "B K"]
     mask: Bool[Tensor, "B K"]
+    scores: Mapping[str, Float[Tensor, "B K"]] = field(default_factory=dict)  # the data's scorer columns
 
     def to(self, device: torch.device | str) -> EndpointBatch:
         """The same batch on `device`."""
@@ -62,6 +63,7 @@ class EndpointBatch:
             self,
             **{name: getattr(self, name).to(device) for name in ("ids", "visits", "x0", "utility", "mask")},
             cond={key: value.to(device) for key, value in self.cond.items()},
+            scores={key: value.to(device) for key, value in self.scores.items()},
         )
 
     def __getitem__(self, rows: slice) -> EndpointBatch:
@@ -70,6 +72,7 @@ class EndpointBatch:
             self,
             **{name: getattr(self, name)[rows] for name in ("ids", "visits", "x0", "utility", "mask")},
             cond={key: value[rows] for key, value in self.cond.items()},
+            scores={key: value[rows] for key, value in self.scores.items()},
         )
 
     def __len__(self) -> int:
@@ -94,6 +97,8 @@ class Likelihoods:
     utility: Float[Tensor, "B K"]
     mask: Bool[Tensor, "B K"]
     t: Float[Tensor, " B"] | None = None  # for metrics: the noise level, a mean over draws
+    kl: Float[Tensor, "B K"] | None = None  # step KL to the reference, in units of logp; carries the gradient
+    scores: Mapping[str, Float[Tensor, "B K"]] = field(default_factory=dict)  # the data's scorer columns
 
     @property
     def error(self) -> Float[Tensor, "B K"]:
@@ -107,9 +112,41 @@ class Likelihoods:
         Raises:
             UserError: the run has no reference.
         """
+        return self.logp - self.reference_logp
+
+    @property
+    def reference_logp(self) -> Float[Tensor, "B K"]:
+        """logp_ref.
+
+        Raises:
+            UserError: the run has no reference.
+        """
         if self.logp_ref is None:
             raise UserError("this objective compares with a reference: set reference.name to adapter_off or frozen")
-        return self.logp - self.logp_ref
+        return self.logp_ref
+
+    @property
+    def step_kl(self) -> Float[Tensor, "B K"]:
+        """KL between policy's and reference's denoising step, 1/2 w mean (pred - pred_ref)^2: equal variances, so
+        forward and reverse agree.
+
+        Raises:
+            UserError: the run has no reference.
+        """
+        if self.kl is None:
+            raise UserError("this objective measures the distance to a reference: set reference.name to adapter_off")
+        return self.kl
+
+    def score(self, name: str) -> Float[Tensor, "B K"]:
+        """The scores that the data has of one scorer.
+
+        Raises:
+            UserError: the data has no such column.
+        """
+        if name not in self.scores:
+            has = ", ".join(self.scores) or "none"
+            raise UserError(f"the data has no scores of {name!r} (it has {has}): run `diffalign score` and label again")
+        return self.scores[name]
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,6 @@ def test_the_fingerprint_ignores_what_does_not_change_numbers():
         (["sdxl", "train.steps=0"], "train.steps must be at least 1"),
         (["sdxl", "model.lora.rnk=3"], "Did you mean 'rank'"),
         (["sdxl", "train=3"], "train must hold keys"),
-        (["sdxl", "objective.beta=3"], "objective.name is missing"),
         (["sdxl", "objective.name=dpoo"], "unknown objective"),
         (["sdxl", "train.lr_schedule=cosin"], "train.lr_schedule"),
         (["sdxl", "diffusion-dpo", "source.flip=maybe"], "source.flip"),
@@ -82,3 +81,12 @@ def test_code_outside_the_package_is_named_by_its_path():
     assert build("objective", {"name": "diffalign.objectives.sft:Sft"}).on == "winner"
     with pytest.raises(UserError, match="cannot import"):
         build("objective", {"name": "diffalign.nowhere:Thing"})
+
+
+def test_a_component_without_a_name_is_refused_only_where_it_is_needed():
+    config = resolve(["sdxl", "objective.beta=3"])
+    config.require("model")
+    with pytest.raises(UserError, match=r"keys are given for it, but no objective.name.*diffusion-dpo"):
+        config.require("objective")
+    with pytest.raises(UserError, match=r"no likelihood configured \(none given\)"):
+        config.require("likelihood")

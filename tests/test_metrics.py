@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffalign._json import finite, to_json, write_text
+from diffalign._atomic import write_atomic
+from diffalign._json import finite, to_json
 from diffalign.metrics import MetricsLog, by_bucket, read_metrics, reduce
 from diffalign.types import UserError
 
@@ -165,6 +166,6 @@ def test_finite_json() -> None:
 
 def test_text_is_replaced_whole(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "page.html"
-    write_text(path, "old")
-    write_text(path, "\ud800\u00e9")
+    write_atomic(path, "old")
+    write_atomic(path, "\ud800\u00e9")
     assert path.read_bytes() == "?\u00e9".encode() and list(path.parent.iterdir()) == [path]

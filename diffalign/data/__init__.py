@@ -12,7 +12,7 @@ from diffalign.data._encode import Encoder
 from diffalign.data._fly import OnTheFly
 from diffalign.data._reader import Reader, good_records, prompt_key
 from diffalign.data._report import BadRow, Report
-from diffalign.data._size import CacheSize, estimate_cache_bytes
+from diffalign.data._size import CacheSize, estimate_cache_bytes, images_per_record
 from diffalign.data._split import split_holdout
 from diffalign.data._writer import RecordWriter
 
@@ -28,6 +28,7 @@ __all__ = [
     "build_cache",
     "estimate_cache_bytes",
     "good_records",
+    "images_per_record",
     "prompt_key",
     "split_holdout",
 ]

@@ -25,6 +25,7 @@ class Item:
     original: Int64[Tensor, "K 2"]
     crop: Int64[Tensor, "K 2"]
     text: Mapping[str, Tensor]  # name -> [K, ...]
+    scores: Mapping[str, Float[Tensor, " K"]]  # of the scorers that every record of the data has
 
 
 def as_floats(values: Tensor) -> Tensor:
@@ -41,8 +42,8 @@ def collate(items: Sequence[Item], target: tuple[int, int]) -> dict[str, Any]:
     """A batch of records of one bucket.
 
     Returns `ids` [B] int64, `mean` and `std` [B K C h w] float32, `utility` [B K] float32, `mask` [B K] bool, `text`
-    name -> [B K ...], `original_size` and `crop` [B K 2] int64 as (height, width) and (top, left), `target_size` [B 2].
-    Records with fewer candidates than the longest repeat their first one there, with mask False.
+    and `scores` name -> [B K ...], `original_size` and `crop` [B K 2] int64 as (height, width) and (top, left),
+    `target_size` [B 2]. Records with fewer candidates than the longest repeat their first one there, with mask False.
     """
     num = max(len(item.utility) for item in items)
 
@@ -57,6 +58,9 @@ def collate(items: Sequence[Item], target: tuple[int, int]) -> dict[str, Any]:
         "mask": torch.stack([torch.arange(num) < len(item.utility) for item in items]),
         "text": {
             name: as_floats(torch.stack([_padded(item.text[name], num) for item in items])) for name in items[0].text
+        },
+        "scores": {
+            name: torch.stack([_padded(item.scores[name], num) for item in items]).float() for name in items[0].scores
         },
         "original_size": stack("original"),
         "crop": stack("crop"),

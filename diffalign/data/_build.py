@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from diffalign._atomic import sweep, write_atomic
 from diffalign.data import _images
-from diffalign.data._atomic import sweep, write_atomic
 from diffalign.data._cache import Cache
 from diffalign.data._encode import Encoder, Plan
 from diffalign.data._index import FORMAT, POLL, chunk_captions, chunk_infos, write_index
@@ -53,7 +53,7 @@ def _complete(folders: _Folders, num: int, plan: Plan, report: Report) -> None:
     """Index, report and, last, meta.json: what makes a cache complete."""
     latents, text = folders.latents, folders.text
     store = wait_for_text(text, chunk_captions(chunk_infos(latents, folders.latents_key, num)))
-    num_records, num_candidates, report = write_index(
+    num_records, num_candidates, scorers, report = write_index(
         folders.set, latents, folders.latents_key, num, text, store, report
     )
     report.save(folders.set / "report.json")
@@ -72,6 +72,7 @@ def _complete(folders: _Folders, num: int, plan: Plan, report: Report) -> None:
         "report": {"num_rows": report.num_rows, "bad": dict(report.bad), "dropped": dict(report.dropped)},
         "num_records": num_records,
         "num_candidates": num_candidates,
+        "scores": scorers,
         "chunks": [(path.name, path.stat().st_size) for path in (chunk_path(latents, n) for n in range(num))],
         "text_shards": [(name, (text / name).stat().st_size) for name in (*store.shards, EMPTY)],
     }

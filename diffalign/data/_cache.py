@@ -26,9 +26,11 @@ class Cache:
     `batch` gives records. Records are numbered as the reader's, without the bad ones.
     """
 
-    def __init__(self, folder: Path, meta: dict[str, Any], index: np.ndarray, candidates: np.ndarray) -> None:
+    def __init__(
+        self, folder: Path, meta: dict[str, Any], index: np.ndarray, candidates: np.ndarray, scores: np.ndarray
+    ) -> None:
         self.folder, self._meta = folder, meta
-        self._index, self._candidates = index, candidates
+        self._index, self._candidates, self._scores = index, candidates, scores
         self._latents = folder.parent / meta["latents"]
         self._text = folder.parent / meta["text"]
         self.buckets = [tuple(size) for size in meta["buckets"]]
@@ -55,16 +57,17 @@ class Cache:
                 raise DamagedFile(f"{folder}: the cache was built for something else")
             index = np.load(folder / "index.npy", mmap_mode="r", allow_pickle=False)
             candidates = np.load(folder / "candidates.npy", mmap_mode="r", allow_pickle=False)
+            scores = np.load(folder / "scores.npy", mmap_mode="r", allow_pickle=False)
             sizes = [(folder.parent / meta["latents"] / name, size) for name, size in meta["chunks"]]
             sizes += [(folder.parent / meta["text"] / name, size) for name, size in meta["text_shards"]]
-            if len(index) != meta["num_records"] or len(candidates) != meta["num_candidates"]:
+            if len(index) != meta["num_records"] or not len(candidates) == len(scores) == meta["num_candidates"]:
                 raise DamagedFile(f"{folder}: the index is truncated")
             for path, size in sizes:
                 if path.stat().st_size != size:
                     raise DamagedFile(f"{path}: {path.stat().st_size} bytes instead of {size}")
         except (OSError, ValueError, KeyError) as error:
             raise DamagedFile(f"{folder}: not a complete cache ({error})") from error
-        return cls(folder, meta, index, candidates)
+        return cls(folder, meta, index, candidates, scores)
 
     def __len__(self) -> int:
         return len(self._index)
@@ -128,7 +131,8 @@ class Cache:
     def _item(self, row: int, flip: int) -> Item:
         entry = self._index[row]
         num = int(entry["num"])
-        candidates = self._candidates[int(entry["first"]) : int(entry["first"]) + num]
+        mine = slice(int(entry["first"]), int(entry["first"]) + num)
+        candidates = self._candidates[mine]
         shard = self._shard(chunk_path(self._latents, int(entry["chunk"])))
         names = (f"mean.{entry['bucket']}", f"std.{entry['bucket']}")
         start = int(entry["start"]) + flip * num
@@ -142,6 +146,7 @@ class Cache:
             original=tensor(candidates["original"]).long(),
             crop=tensor(candidates["crop"][:, [0, 2 if flip else 1]]).long(),
             text=self._texts(candidates),
+            scores={name: tensor(self._scores[mine, at]) for at, name in enumerate(self._meta["scores"])},
         )
 
     def _texts(self, candidates: np.ndarray) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ import torch
 
 from diffalign.data._batch import Item, as_floats, check_request, collate, count_buckets
 from diffalign.data._encode import Encoder, Plan, encode_empty, encode_pixels, encode_texts, prepare
+from diffalign.data._index import common_scores
 from diffalign.data._latents import prepared_rows
 from diffalign.data._progress import track
 from diffalign.data._reader import prompt_key
@@ -47,14 +48,17 @@ class OnTheFly:
         self.buckets, self.has_flips = list(self._plan.buckets), self._plan.flip
         found = {name: array("q") for name in ("id", "prompt", "row", "bucket")}
         bad = []
+        score_names: set[frozenset[str]] = set()
         outcomes = prepared_rows(reader, range(len(reader)), self._plan, ahead=16)
         for row, outcome in track(outcomes, len(reader), "checking images", progress):
             if isinstance(outcome, BadRow):
                 bad.append(outcome.entry())
                 continue
+            score_names.add(frozenset(outcome.record.scores))
             values = (outcome.record.id, prompt_key(outcome.record.prompt), row, outcome.bucket)
             for column, value in zip(found.values(), values, strict=True):
                 column.append(value)
+        self._scorers = common_scores(score_names)
         self.report = (getattr(reader, "report", None) or Report()).merged(bad)
         if not found["id"]:
             raise UserError(f"no rows left: {self.report.summary()}")
@@ -101,6 +105,7 @@ class OnTheFly:
                 original=item.original,
                 crop=item.crop[:, [0, 2 if flip else 1]],
                 text={name: values[position] for name, values in text.items()},
+                scores={name: torch.tensor(item.record.scores[name], dtype=torch.float64) for name in self._scorers},
             )
             for item, flip, mean_k, std_k, position in zip(
                 prepared, mirrored, mean.split(sizes), std.split(sizes), positions, strict=True

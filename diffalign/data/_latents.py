@@ -134,6 +134,7 @@ class _Chunk:
                     "prompt": prompt_key(record.prompt),
                     "captions": [self._captions[record.caption(k)] for k in range(num)],
                     "utility": list(record.utility),
+                    "scores": {name: list(values) for name, values in record.scores.items()},
                     "bucket": bucket,
                     "start": start,
                     "original": item.original.tolist(),

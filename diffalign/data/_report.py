@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffalign.data._atomic import write_atomic
+from diffalign._atomic import write_atomic
 from diffalign.types import UserError
 
 MAX_LISTED = 1000  # rows named one by one; the counts cover all

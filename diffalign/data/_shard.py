@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffalign.data._atomic import write_atomic
+from diffalign._atomic import write_atomic
 
 # The file's own names of types; what the cache holds and NumPy knows.
 NUMPY = {"F16": np.float16, "F32": np.float32, "F64": np.float64, "I64": np.int64, "I32": np.int32, "BOOL": np.bool_}

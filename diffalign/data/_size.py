@@ -34,6 +34,12 @@ class CacheSize:
         return f"{self.total / 1e9:.3g} GB (latents {self.latents / 1e9:.3g}, text {self.text / 1e9:.3g})"
 
 
+def images_per_record(reader: Any) -> float:
+    """The mean over the first few readable records."""
+    sample = [len(record.images) for _, record in islice(good_records(reader, Report()), SAMPLE)]
+    return sum(sample) / max(len(sample), 1)
+
+
 def estimate_cache_bytes(
     reader: Any, encoder: Encoder, *, resolution: int | Sequence[int], flip: bool = False, dtype: str = "float16"
 ) -> CacheSize:
@@ -47,10 +53,8 @@ def estimate_cache_bytes(
     if dtype not in DTYPES:
         raise UserError(f"dtype: {dtype!r} cannot be cached; legal: {', '.join(DTYPES)}")
     height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
-    sample = [len(record.images) for _, record in islice(good_records(reader, Report()), SAMPLE)]
-    candidates = sum(sample) / max(len(sample), 1)
     latent = encoder.latent_channels * (height // encoder.vae_factor) * (width // encoder.vae_factor)
-    images = len(reader) * candidates * (2 if flip else 1)
+    images = len(reader) * images_per_record(reader) * (2 if flip else 1)
     row = sum(rows.numel() * rows.element_size() for rows in encode_empty(encoder, dtype).values())
     num_captions = getattr(reader, "num_captions", len(reader))
     return CacheSize(

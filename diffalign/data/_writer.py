@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from diffalign.data._atomic import atomic_path, sweep
+from diffalign._atomic import atomic_path, sweep
 from diffalign.types import Record, UserError
 
 STATE = b"diffalign.state"  # key of the caller's state in a shard's metadata

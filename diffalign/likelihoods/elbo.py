@@ -75,16 +75,19 @@ class Elbo:
         xt, target = schedule.add_noise(x0, noise, times), schedule.target(x0, noise, times)
         weight = schedule.weight(times, self.weighting)
 
-        def log_density(pred: Tensor) -> Tensor:
-            square = (pred.float() - target.float()).square().flatten(1)
+        def half_error(pred: Tensor, other: Tensor) -> Tensor:
+            square = (pred.float() - other.float()).square().flatten(1)
             error = square.mean(dim=1) if self.reduction == "mean" else square.sum(dim=1)
-            return (-0.5 * weight * error).reshape(axes).mean(dim=1)
+            return (0.5 * weight * error).reshape(axes).mean(dim=1)
 
         pred_ref = reference.predict(xt, times, cond, batch.ids)
+        pred = policy(xt, times, cond)
         return Likelihoods(
-            logp=log_density(policy(xt, times, cond)),
-            logp_ref=None if pred_ref is None else log_density(pred_ref),
+            logp=-half_error(pred, target),
+            logp_ref=None if pred_ref is None else -half_error(pred_ref, target),
             utility=batch.utility,
             mask=batch.mask,
             t=t.mean(dim=1),
+            kl=None if pred_ref is None else half_error(pred, pred_ref),
+            scores=batch.scores,
         )

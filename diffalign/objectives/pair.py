@@ -1,61 +1,171 @@
-"""Pairwise preference objectives on log-ratios; with its defaults, Diffusion-DPO (arXiv 2311.12908)."""
+"""Pairwise preference objectives on log-ratios, as slots; with its defaults, Diffusion-DPO (arXiv 2311.12908)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
-from torch.nn.functional import softplus
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import relu, softplus
 
 from diffalign.objectives._pairs import pair_masks, split_pair
 from diffalign.types import Likelihoods, LossOutput, UserError
 
+LINKS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "logistic": lambda margin: softplus(-margin),
+    "hinge": lambda margin: relu(1 - margin),
+    "square": lambda margin: (margin - 0.5).square(),
+}
+
 
 @dataclass(frozen=True)
 class Pair:
-    """-(1-eps) log sigmoid(margin) - eps log sigmoid(-margin), margin = beta (logratio_w - logratio_l).
+    """labels(link(margin)), margin = reward_w - reward_l - target, reward = beta (logp - reference_strength logp_ref).
 
-    With logp = -1/2 mean squared error this is the released Diffusion-DPO loss, -log sigmoid(-beta/2 (d_w - d_l)),
-    d = error minus the reference's error.
+    With logp = -1/2 mean squared error and the defaults this is the released Diffusion-DPO loss,
+    -log sigmoid(-beta/2 (d_w - d_l)), d = error minus the reference's error.
 
-    beta: per (mean over latent dimensions) nat; 2000 to 5000 in the paper, 5000 in its code. The paper's formula (14)
-        has no 1/2 and a sum of squares; METHODS.md converts.
-    labels: `hard` trusts the label; `smooth` (cDPO, arXiv 2305.18290 section 3.3's noise model, Mitchell 2023) expects
-        the share `flip_rate` of the labels to be wrong.
-    flip_rate: eps in [0, 0.5); 0 with hard labels.
+    beta: per unit of logp (a mean over latent dimensions); 2000 to 5000 in the paper, 5000 in its code. METHODS.md and
+        `diffalign convert-beta` convert the papers' and code bases' numbers.
+    beta_loser: the loser's own beta (split beta of arXiv 2406.07327); null is `beta`.
+    link: `logistic`; `hinge` max(0, 1 - margin) (SLiC-HF, arXiv 2305.10425); `square` (margin - 1/2)^2 / beta_nats^2,
+        which is IPO's (logratio_w - logratio_l - 1/(2 beta))^2 (arXiv 2310.12036). A square of one noisy draw adds the
+        draw's variance to the loss (not to the optimum's place): raise likelihood.draws.
+    labels: `hard` trusts the label. `smooth` (cDPO) expects a share `flip_rate` of wrong labels; `robust` is the loss
+        whose mean over such flips is the hard loss (arXiv 2403.00409), unbounded below. `soft` takes the winner's
+        utility as its probability to win (utilities that add to 1) or, given `temperature`, computes it from them.
+    flip_rate: eps in [0, 0.5), for `smooth` and `robust`.
+    temperature: of Bradley-Terry soft labels, P = sigmoid((utility_w - utility_l) / temperature).
+    margin: target added to what the reward gap must exceed, in units of reward; SimPO's gamma (arXiv 2405.14734).
+    score_weights: scorer -> weight of a target that follows the data's scores, (1/w) sum_k weight_k (R_k,w - R_k,l)
+        with w = 1 - sum_k weight_k, while the reward gap is divided by w too (MODPO, arXiv 2310.03708).
+    reference_strength: gamma in [0, 1]; 0 needs no reference (SimPO, CPO), between them DPO^gamma (arXiv 2405.19534).
+    divergence: what the reward is of the log-ratio u in nats: `reverse-kl` u, `forward-kl` 1 - exp(-u), `js` log
+        (2 sigmoid(u)), `alpha` (1 - exp(-alpha u))/alpha (f-DPO, arXiv 2309.16240, with constants that make the reward
+        0 at the reference). All but js have slope 1 there; js has 1/2.
+    alpha: of the alpha divergence, in (0, 1]; 1 is forward KL, toward 0 reverse KL.
+    nats: how many nats one unit of logp is worth; matters to `divergence` and `square` only. About 8 x latent
+        dimensions for a 1000-step VP schedule (beta 5000 on 4 x 64 x 64 is 0.038 per nat), 1 under reduction=sum.
+    kl_correction: alpha of TDPO2 (arXiv 2404.11999): margin + alpha beta (stop-grad kl_w - kl_l), kl the step KL to the
+        reference. 0 is DPO.
 
-    Differs from the paper/code: a tie that the data keeps is a label of 1/2 (loss symmetric in the two images), where
-    the Salesforce script drops ties and the diffusers script lets jpg_0 win.
+    Differs from the papers/codes: a tie that the data keeps is a label of 1/2 (loss symmetric in the two images), where
+    the Salesforce script drops ties and the diffusers script lets jpg_0 win. TDPO1 (nothing detached) is left out: its
+    margin is linear in the prediction, so nothing bounds it.
     """
 
     beta: float = 5000.0
-    labels: Literal["hard", "smooth"] = "hard"
+    beta_loser: float | None = None
+    link: Literal["logistic", "hinge", "square"] = "logistic"
+    labels: Literal["hard", "smooth", "robust", "soft"] = "hard"
     flip_rate: float = 0.0
-
-    needs: ClassVar[frozenset[str]] = frozenset({"reference", "pair"})
+    temperature: float | None = None
+    margin: float = 0.0
+    score_weights: dict[str, float] = field(default_factory=dict)
+    reference_strength: float = 1.0
+    divergence: Literal["reverse-kl", "forward-kl", "js", "alpha"] = "reverse-kl"
+    alpha: float = 0.5
+    nats: float = 1.0
+    kl_correction: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.beta <= 0:
-            raise UserError(f"objective.beta must be positive (got {self.beta})")
+        for name in ("beta", "nats", "beta_loser", "temperature"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"objective.{name} must be positive (got {value})")
         if not 0 <= self.flip_rate < 0.5:
             raise UserError(f"objective.flip_rate must lie in [0, 0.5) (got {self.flip_rate})")
-        if self.labels == "hard" and self.flip_rate:
-            raise UserError("objective.flip_rate has no effect with hard labels: set objective.labels=smooth")
+        if self.flip_rate and self.labels not in ("smooth", "robust"):
+            raise UserError(
+                f"objective.flip_rate has no effect with {self.labels} labels: set objective.labels=smooth or robust"
+            )
+        if self.temperature is not None and self.labels != "soft":
+            raise UserError("objective.temperature is for soft labels: set objective.labels=soft")
+        if not 0 <= self.reference_strength <= 1:
+            raise UserError(f"objective.reference_strength must lie in [0, 1] (got {self.reference_strength})")
+        if not 0 < self.alpha <= 1:
+            raise UserError(f"objective.alpha must lie in (0, 1] (got {self.alpha})")
+        if not 0 <= self.kl_correction <= 1:
+            raise UserError(f"objective.kl_correction must lie in [0, 1] (got {self.kl_correction})")
+        if not 0 <= sum(self.score_weights.values()) < 1:
+            raise UserError("objective.score_weights must add to less than 1: the rest is the preference's own weight")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the slots in use read."""
+        needs = {"pair"}
+        if self.reference_strength or self.kl_correction:
+            needs.add("reference")
+        return frozenset(needs | ({"scores"} if self.score_weights else set()))
 
     def __call__(self, likelihoods: Likelihoods) -> LossOutput:
         valid, tie = pair_masks(likelihoods)
-        winner, loser = split_pair(self.beta * likelihoods.logratio, likelihoods.utility)
-        margin = winner - loser
-        # The probability that the stated loser is the true winner: 1/2 where nobody won.
-        flip = torch.where(tie, 0.5, self.flip_rate)
-        loss = (1 - flip) * softplus(-margin) + flip * softplus(margin)
-        accuracy = 0.5 * (torch.sign(margin) + 1)  # an exact tie of the model counts 1/2
+        winner, loser = split_pair(self._reward(likelihoods, self.beta), likelihoods.utility)
+        if self.beta_loser is not None:
+            _, loser = split_pair(self._reward(likelihoods, self.beta_loser), likelihoods.utility)
+        reward_gap = winner - loser
+        margin = reward_gap - self.margin
+        if self.kl_correction:
+            kl_w, kl_l = split_pair(likelihoods.step_kl, likelihoods.utility)
+            margin = margin + self.kl_correction * self.beta * (kl_w.detach() - kl_l)
+        if self.score_weights:
+            margin = (margin - self._score_gap(likelihoods)) / (1 - sum(self.score_weights.values()))
+        link = LINKS[self.link]
+        for_winner, for_loser = self._label_weights(likelihoods.utility, tie)
+        loss = for_winner * link(margin) + for_loser * link(-margin)
+        if self.link == "square":
+            loss = loss * (self.nats / self.beta) ** 2
+        accuracy = 0.5 * (torch.sign(reward_gap) + 1)  # an exact tie of the model counts 1/2
         nothing = torch.full_like(margin, float("nan"))
         return LossOutput(
             per_prompt=torch.where(valid, loss, torch.zeros_like(loss)),
             metrics={
-                "margin": torch.where(valid, margin, nothing).detach(),
+                "margin": torch.where(valid, reward_gap, nothing).detach(),
                 "implicit_accuracy": torch.where(valid & ~tie, accuracy, nothing).detach(),
             },
         )
+
+    def _reward(self, likelihoods: Likelihoods, beta: float) -> Float[Tensor, "B 2"]:
+        """beta phi(u): phi acts on nats, beta is per unit of logp."""
+        logratio = likelihoods.logp
+        if self.reference_strength == 1:
+            logratio = likelihoods.logratio  # exactly 0 at the reference
+        elif self.reference_strength:
+            logratio = logratio - self.reference_strength * likelihoods.reference_logp
+        if self.divergence == "reverse-kl":
+            return beta * logratio
+        u = self.nats * logratio
+        if self.divergence == "js":
+            return beta / self.nats * (math.log(2) - softplus(-u))
+        alpha = 1.0 if self.divergence == "forward-kl" else self.alpha
+        return beta / self.nats * -_bounded_expm1(-alpha * u) / alpha
+
+    def _score_gap(self, likelihoods: Likelihoods) -> Float[Tensor, " B"]:
+        gap = torch.zeros_like(likelihoods.utility[:, 0])
+        for name, weight in self.score_weights.items():
+            winner, loser = split_pair(likelihoods.score(name), likelihoods.utility)
+            gap = gap + weight * (winner - loser)
+        return gap
+
+    def _label_weights(self, utility: Tensor, tie: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights of link(margin) and link(-margin): (1, 0) for a trusted label, a half each where nobody won."""
+        winner, loser = split_pair(utility, utility)
+        if self.labels == "soft":
+            gap = None if self.temperature is None else (winner - loser) / self.temperature
+            right = winner if gap is None else torch.sigmoid(gap)
+        elif self.labels == "robust":
+            right = torch.full_like(winner, (1 - self.flip_rate) / (1 - 2 * self.flip_rate))
+        else:
+            right = torch.full_like(winner, 1 - self.flip_rate)
+        right = torch.where(tie, 0.5, right)
+        return right, 1 - right
+
+
+def _bounded_expm1(x: Tensor) -> Tensor:
+    """exp(x) - 1, continued by its tangent above x = 30: a far-off winner keeps a finite loss and a gradient."""
+    top = 30.0
+    return torch.where(x > top, math.exp(top) * (1 + x - top), torch.expm1(x.clamp(max=top)))

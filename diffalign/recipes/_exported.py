@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 from safetensors import safe_open
 
+from diffalign._json import write_json
 from diffalign.config import Config
-from diffalign.recipes import _run
 from diffalign.recipes._images import sample_images
 from diffalign.report import image_grid
 
@@ -73,7 +73,7 @@ def export_and_check(model: Any, config: Config, batches: Any, folder: Path) -> 
         if failed
     ]
     result["problems"] = problems
-    _run.write_json(folder / "export_check.json", result)
+    write_json(folder / "export_check.json", result)
     if problems:
         raise RuntimeError(f"the run in {folder} trained nothing useful: {'; '.join(problems)}")
     return result

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from diffalign import __version__
-from diffalign.checkpoint import write_atomic
+from diffalign._atomic import write_atomic
 from diffalign.config import Config, fingerprint
 from diffalign.distributed import World
 from diffalign.types import UserError
@@ -106,13 +106,3 @@ def environment(device: str) -> dict[str, Any]:
         "git": git_state(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Indented JSON, atomically."""
-    write_atomic(path, json.dumps(value, indent=2, default=str) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file's value, {} where there is none."""
-    return json.loads(path.read_text()) if path.is_file() else {}

@@ -14,7 +14,9 @@ from typing import Any
 import yaml
 
 from diffalign.config import TRAINING_SECTIONS, Config
-from diffalign.recipes.train import check_needs, run_folder, set_up, train_step
+from diffalign.data import images_per_record
+from diffalign.recipes._fit import check_data, check_needs
+from diffalign.recipes.train import run_folder, set_up, train_step
 
 EFFICIENCY = 0.4  # share of the measured matrix speed that a training step reaches; a rule of thumb, so times are rough
 TWIN_RECORDS = 4
@@ -123,12 +125,12 @@ def estimate(config: Config) -> dict[str, Any]:
 
 
 def cache_bytes(config: Config, estimated: dict[str, Any]) -> float:
-    """Disk of the latents: mean and std, both flips, two images a record; text is one row a caption beside it."""
+    """Disk of the latents: mean and std, both flips; text is one row a caption beside it."""
     if not getattr(config.source, "cache", False) or "num_records" not in estimated:
         return 0.0
     item = 2 if config.source.cache_dtype == "float16" else 4
     per_image = math.prod(estimated["latent_shape"]) * 2 * item * (2 if config.source.flip else 1)
-    return 2.0 * per_image * estimated["num_records"]
+    return per_image * estimated["num_records"] * images_per_record(config.source.reader)
 
 
 def check(config: Config) -> dict[str, Any]:
@@ -138,7 +140,8 @@ def check(config: Config) -> dict[str, Any]:
         UserError: whatever the run itself would refuse.
     """
     check_needs(config)
-    config.source.data.get("path") and config.source.check()
+    if config.source.data.get("path"):
+        check_data(config)
     scalars = twin_step(config)
     estimated = estimate(config)
     disk = cache_bytes(config, estimated)

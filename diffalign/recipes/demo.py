@@ -6,8 +6,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from diffalign._json import read_json, write_json
 from diffalign.config import Config
-from diffalign.recipes._run import read_json, write_json
 from diffalign.recipes.evaluate import Evaluation, evaluate
 from diffalign.recipes.generate import generate
 from diffalign.recipes.label import label

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffalign import evaluation, metrics, report
+from diffalign._json import read_json
 from diffalign._statistics import holdout_accuracy
 from diffalign.config import Config, Generate
 from diffalign.distributed import World
@@ -139,13 +140,13 @@ def _report_data(
     }
     parts: dict[str, Any] = {}
     if run is not None:
-        of_run = _run.read_json(run / "run.json")
+        of_run = read_json(run / "run.json")
         margins = [row for row in metrics.read_metrics(run) if row.get("holdout/num_prompts")]
         facts = _run_facts(run) | facts
         parts = {
             "metrics": metrics.read_metrics(run),
             "data": of_run["data"].get("report"),
-            "export": _run.read_json(run / "export_check.json"),
+            "export": read_json(run / "export_check.json"),
             "holdout": _holdout(margins[-1]) if margins else None,
         }
     return report.ReportData(
@@ -174,7 +175,7 @@ def _run_facts(run: Path) -> dict[str, Any]:
     import yaml
 
     config = yaml.safe_load((run / "config.yaml").read_text())
-    data = _run.read_json(run / "run.json")["data"]
+    data = read_json(run / "run.json")["data"]
     return {
         "method": {"objective": config["objective"], "reference": config["reference"]["name"]},
         "steps": config["train"]["steps"],

@@ -11,7 +11,8 @@ from typing import Any
 
 from PIL import Image
 
-from diffalign.checkpoint import write_atomic
+from diffalign._atomic import write_atomic
+from diffalign._json import read_json, write_json
 from diffalign.config import Config, Generate, Sampling
 from diffalign.distributed import World
 from diffalign.progress import Progress
@@ -103,7 +104,7 @@ def generate(config: Config, quiet: bool = False) -> Path:
     world.barrier()
     model = load_for_images(config, settings.adapter, settings.adapter_scale, world)
     if world.is_main and not facts:
-        _run.write_json(folder / "run.json", _run.environment(str(world.device)) | {"prompts": len(prompts)})
+        write_json(folder / "run.json", _run.environment(str(world.device)) | {"prompts": len(prompts)})
     write_images(model, prompts, folder, settings, config.sampling, world, quiet)
     world.close()
     return folder
@@ -111,7 +112,7 @@ def generate(config: Config, quiet: bool = False) -> Path:
 
 def read_facts(folder: Path) -> Mapping[str, Any]:
     """What run.json says."""
-    return _run.read_json(folder / "run.json")
+    return read_json(folder / "run.json")
 
 
 def load_for_images(config: Config, adapter: str | None, scale: float, world: World) -> Any:

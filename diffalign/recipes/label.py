@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign import randomness
+from diffalign._json import read_json, write_json
 from diffalign.config import Config
 from diffalign.data import RecordWriter
 from diffalign.progress import Progress
@@ -64,7 +65,7 @@ def label(config: Config, quiet: bool = False) -> Path:
     source = Path(settings.scores)
     source = source / "scores.jsonl" if source.is_dir() else source
     out = Path(settings.out or source.parent / "pairs")
-    root = Path(_run.read_json(source.with_suffix(".json")).get("images", source.parent))
+    root = Path(read_json(source.with_suffix(".json")).get("images", source.parent))
     first = next(read_manifest(source), None)
     if first is None:
         raise UserError(f"{source} holds no scores: run `diffalign score` to the end")
@@ -85,7 +86,7 @@ def label(config: Config, quiet: bool = False) -> Path:
             counts["pairs"] += len(records)
             counts["prompts_without_pair"] += not records
             progress.advance(len(group))
-    _run.write_json(out / "label.json", counts | {"scorer": scorer, "rule": settings.rule})
+    write_json(out / "label.json", counts | {"scorer": scorer, "rule": settings.rule})
     if not counts["pairs"]:
         raise UserError(f"no pair was made: {scorer} tells no two images of a prompt apart in {source}")
     return out

@@ -12,9 +12,9 @@ from typing import Any
 
 from PIL import Image
 
+from diffalign._json import read_json, write_json
 from diffalign.config import Config
 from diffalign.progress import Progress
-from diffalign.recipes import _run
 from diffalign.recipes.generate import read_manifest
 from diffalign.registry import build
 from diffalign.types import Scorer, UserError
@@ -89,11 +89,11 @@ def score(config: Config, quiet: bool = False) -> Path:
     scorers = build_scorers(settings.scorers)
     info = {"images": str(source), "scorers": [dataclasses.asdict(scorer.info) for scorer in scorers.values()]}
     info_path = path.with_suffix(".json")
-    old = _run.read_json(info_path)
+    old = read_json(info_path)
     if old and old != json.loads(json.dumps(info)):
         raise UserError(f"{path} holds scores of other scorers or images: choose another score.out")
     path.parent.mkdir(parents=True, exist_ok=True)
-    _run.write_json(info_path, info)
+    write_json(info_path, info)
     done = _keep_whole_lines(path)
     rows = read_manifest(source)
     total = sum(1 for _ in read_manifest(source))

@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from diffalign import checkpoint, randomness
+from diffalign._json import read_json, write_json
 from diffalign.config import TRAINING_SECTIONS, Config
 from diffalign.distributed import World
 from diffalign.metrics import MetricsLog
 from diffalign.progress import Progress
 from diffalign.recipes import _exported, _run
+from diffalign.recipes._fit import check_data, check_needs
 from diffalign.recipes._optim import Ema, build_optimizer, learning_rate
 from diffalign.recipes._preferences import holdout_margins, holdout_metrics, preference_metrics, summarize
 from diffalign.types import EndpointBatch, Setting, UserError
@@ -62,25 +64,6 @@ def run_folder(config: Config) -> Path:
     return Path(config.train.out or f"runs/{config.title}")
 
 
-def check_needs(config: Config) -> None:
-    """Refuses, before any weight is loaded, an objective whose needs source, likelihood and reference do not give.
-
-    Raises:
-        UserError: names the need and the key that would fill it.
-    """
-    config.require("model", "source", "likelihood", "reference", "objective")
-    given = config.source.gives | config.likelihood.gives | config.reference.gives
-    fixes = {
-        "reference": "set reference.name=adapter_off (LoRA) or reference.name=frozen (full weights)",
-        "pair": "it compares two images per prompt: use a source of pairs",
-    }
-    for need in sorted(config.objective.needs - given):
-        fix = fixes.get(need, "see `diffalign list methods`")
-        raise UserError(f"objective {config.names['objective']} needs {need!r}: {fix}")
-    if config.names["reference"] == "adapter_off" and getattr(config.model, "trainable", "lora") == "full":
-        raise UserError("model.trainable=full has no adapter to switch off: set reference.name=frozen")
-
-
 def micro_batch_size(config: Config, world: World) -> int:
     """Prompts per forward call on this device.
 
@@ -102,7 +85,7 @@ def set_up(config: Config) -> Trainer:
     train = config.train
     world = World(train.device, train.precision)
     micro_batch_size(config, world)
-    config.source.check()
+    check_data(config)
     run = _run.open_together(run_folder(config), config, TRAINING_SECTIONS, world)
     torch.manual_seed(randomness.address(train.seed, "initial weights"))
     model = config.model.load()
@@ -127,7 +110,7 @@ def set_up(config: Config) -> Trainer:
 def _check_data(run: _run.Run, facts: Mapping[str, Any], world: World) -> None:
     """Writes run.json, and refuses to resume on data that changed since the run began."""
     path = run.folder / "run.json"
-    old = _run.read_json(path)
+    old = read_json(path)
     if old and old["data"]["fingerprint"] != facts["fingerprint"]:
         raise UserError(
             f"the data changed since {run.folder} began: choose another train.out (nothing was overwritten)"
@@ -135,9 +118,7 @@ def _check_data(run: _run.Run, facts: Mapping[str, Any], world: World) -> None:
     world.barrier()
     if world.is_main and not old:
         facts_of_run = _run.environment(str(world.device))
-        _run.write_json(
-            path, facts_of_run | {"processes": world.size, "precision": world.precision, "data": dict(facts)}
-        )
+        write_json(path, facts_of_run | {"processes": world.size, "precision": world.precision, "data": dict(facts)})
 
 
 def _restore(trainer: Trainer, state: checkpoint.Checkpoint) -> None:
@@ -269,7 +250,7 @@ def finish(trainer: Trainer) -> TrainResult:
     """Exports the trained weights and checks that they are there, cover their targets and change a picture."""
     world, folder = trainer.world, trainer.run.folder
     trainer.model.denoiser = world.unwrap(trainer.model.denoiser)
-    result = _run.read_json(folder / "export_check.json")
+    result = read_json(folder / "export_check.json")
     if world.is_main and not result:
         with trainer.ema.swapped_in():
             result = _exported.export_and_check(trainer.model, trainer.config, trainer.batches, folder)

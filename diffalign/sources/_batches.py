@@ -115,7 +115,8 @@ class RecordedBatches:
                 key: torch.where(dropped.reshape(-1, *[1] * (value.dim() - 1)), self.empty[key], value)
                 for key, value in text.items()
             }
-        return EndpointBatch(ids, visits, x0, text | self._size_cond(raw), raw["utility"], raw["mask"])
+        cond = text | self._size_cond(raw)
+        return EndpointBatch(ids, visits, x0, cond, raw["utility"], raw["mask"], raw["scores"])
 
     def _size_cond(self, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
         num, candidates = raw["mask"].shape

@@ -36,7 +36,7 @@ class Offline:
     holdout: float = 0.05
     encode_batch_size: int = 8
 
-    gives: ClassVar[frozenset[str]] = frozenset({"pair"})
+    gives: ClassVar[frozenset[str]] = frozenset({"pair", "list", "scores"})
 
     def __post_init__(self) -> None:
         spec = self._spec

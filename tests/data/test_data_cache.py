@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,9 @@ def mixed(kit, num=11):
         k = 1 + (i * 7) % 3
         captions = tuple(f"c{i} {j}" for j in range(k)) if i % 4 == 3 else None
         records.append(kit.record(i, f"prompt {i % 4}", k, sizes[i % 3], captions=captions))
+    for i, record in enumerate(records):  # a scorer that every record has, and one that some lack
+        scores = {"whole": tuple(float(i + j) for j in range(len(record.images)))}
+        records[i] = replace(record, scores=scores | ({"part": scores["whole"]} if i % 2 else {}))
     broken = records[2]
     records[2] = type(broken)(3, broken.prompt, tuple(image[:-60] for image in broken.images), broken.utility)
     records[6] = type(broken)(7, "x", (b"no image",), (1.0,))
@@ -50,7 +54,7 @@ def mixed(kit, num=11):
 def assert_equal(left, right):
     assert left.keys() == right.keys()
     for name, value in left.items():
-        if name == "text":
+        if name in ("text", "scores"):
             assert_equal(value, right[name])
         else:
             assert value.dtype == right[name].dtype and torch.equal(value, right[name]), name
@@ -79,9 +83,12 @@ def test_cached_equals_on_the_fly(kit, tmp_path, dtype):
 
 
 def test_batch_holds_what_the_record_says(kit, tmp_path):
-    reader, encoder = kit.ListReader([kit.record(0, num=3), kit.record(1, num=1, size=(40, 50))]), kit.Encoder()
+    three = kit.record(0, num=3, scores={"judge": (3.0, 2.0, 1.0)})
+    one = kit.record(1, num=1, size=(40, 50), scores={"judge": (5.0,), "half a column": (1.0,)})
+    reader, encoder = kit.ListReader([three, one]), kit.Encoder()
     cache = build_cache(reader, encoder, tmp_path, resolution=32, flip=True, dtype="float32", progress=False)
     batch = cache.batch([0, 1], [False, True])
+    assert {name: values.tolist() for name, values in batch["scores"].items()} == {"judge": [[3, 2, 1], [5, 5, 5]]}
     assert batch["ids"].tolist() == [1, 2]
     assert batch["utility"].tolist() == [[2, 1, 0], [0, 0, 0]]
     assert batch["mask"].tolist() == [[True] * 3, [True, False, False]]
@@ -240,7 +247,7 @@ def test_sigkill_then_resume_gives_the_same_bytes(kit, tmp_path):
 
 
 def _host():
-    from diffalign.data._atomic import _HOST
+    from diffalign._atomic import _HOST
 
     return _HOST
 

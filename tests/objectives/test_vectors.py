@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -124,3 +125,84 @@ def test_missing_reference_is_named():
     two = torch.zeros(2, 2)
     with pytest.raises(UserError, match="reference.name"):
         build("objective", {"name": "pair"})(Likelihoods(two, None, two, two.bool()))
+
+
+REWARDS = ([0.3, -0.2, 1.1], [0.1, 0.4, -0.5])  # of winner and loser; beta 0.5, so log-ratios are twice these
+
+
+def at_rewards(beta: float = 0.5) -> Likelihoods:
+    """Log-ratios of rewards r = beta * logratio: an error gap of -2 logratio below the reference's."""
+    zeros = [0.0] * 3
+    return at_errors(*([-2 * r / beta for r in side] for side in REWARDS), zeros, zeros)
+
+
+@pytest.mark.parametrize(
+    "slots,expected,slope",
+    [
+        ({}, [0.598139, 1.037488, 0.183901], [-0.450166, -0.645656, -0.167982]),  # C-dpo
+        ({"labels": "smooth", "flip_rate": 0.1}, [0.618139, 0.977488, 0.343901], [-0.350166, -0.545656, -0.067982]),
+        ({"labels": "robust", "flip_rate": 0.1}, [0.573139, 1.112488, -0.016099], [-0.575166, -0.770656, -0.292982]),
+        ({"link": "hinge"}, [0.8, 1.6, 0.0], [-1.0, -1.0, 0.0]),
+        ({"link": "square"}, [0.36, 4.84, 4.84], [-2.4, -8.8, 8.8]),  # C-ipo
+        ({"divergence": "forward-kl"}, [0.627942, 0.987356, 0.240209], None),
+        ({"divergence": "js"}, [0.653791, 0.837775, 0.436041], None),
+        ({"divergence": "alpha", "alpha": 0.5}, [0.614497, 1.006179, 0.237635], None),
+        ({"beta_loser": 0.1}, [0.562915, 0.842915, 0.263282], None),  # C-flex
+    ],
+)
+def test_reward_level_vectors(slots, expected, slope):
+    likelihoods = at_rewards()
+    output = build("objective", {"name": "pair", "beta": 0.5} | slots)(likelihoods)
+    torch.testing.assert_close(output.per_prompt, torch.tensor(expected, dtype=torch.float64), atol=1e-6, rtol=0)
+    if slope is not None:
+        output.per_prompt.sum().backward()
+        of_margin = likelihoods.errors.grad[:, 0] * -2 / 0.5  # margin = beta (-1/2) e_w + ...
+        torch.testing.assert_close(of_margin, torch.tensor(slope, dtype=torch.float64), atol=1e-6, rtol=0)
+
+
+def test_soft_labels_and_score_margins():  # C-soft, C-modpo
+    likelihoods = replace(at_rewards(), utility=torch.tensor([[0.8, 0.2]], dtype=torch.float64).expand(3, 2))
+    soft = build("objective", {"name": "pair", "beta": 0.5, "labels": "soft"})(likelihoods)
+    expected = torch.tensor([0.638139, 0.917488, 0.503901], dtype=torch.float64)
+    torch.testing.assert_close(soft.per_prompt, expected, atol=1e-6, rtol=0)
+    gap = torch.tensor([0.5, -0.1, 0.2], dtype=torch.float64)
+    scored = replace(at_rewards(), scores={"judge": torch.stack([gap, torch.zeros_like(gap)], dim=1)})
+    modpo = build("objective", {"name": "pair", "beta": 0.5, "score_weights": {"judge": 0.4}})
+    expected = torch.tensor([0.693147, 1.264966, 0.076400], dtype=torch.float64)
+    torch.testing.assert_close(modpo(scored).per_prompt, expected, atol=1e-6, rtol=0)
+    with pytest.raises(UserError, match="no scores of 'judge' .it has none."):
+        modpo(at_rewards())
+
+
+@pytest.mark.parametrize(
+    "spec,expected",
+    [
+        ({"reference_strength": 0.5}, [0.554355, 1.037488, 0.167786]),  # C-gamma
+        ({"reference_strength": 0.0}, [0.598139, 0.974077, 0.105083]),
+        ({"reference_strength": 0.0, "margin": 0.5}, [0.854355, 1.313262, 0.167786]),  # C-simpo
+    ],
+)
+def test_reference_strength_and_margin(spec, expected):
+    output = build("objective", {"name": "pair", "beta": 20} | spec)(at_errors(*ROWS))
+    torch.testing.assert_close(output.per_prompt, torch.tensor(expected, dtype=torch.float64), atol=1e-6, rtol=0)
+
+
+def test_cpo_is_simpo_without_margin_plus_sft():  # C-cpo
+    terms = [{"name": "pair", "beta": 20, "reference_strength": 0}, {"name": "sft"}]
+    cpo = build("objective", {"name": "sum", "terms": terms})
+    assert cpo.needs == {"pair"}
+    without = replace(at_errors(*ROWS), logp_ref=None)
+    expected = torch.tensor([0.698139, 1.224077, 0.185083], dtype=torch.float64)
+    torch.testing.assert_close(cpo(without).per_prompt, expected, atol=1e-6, rtol=0)
+
+
+def test_tdpo2_and_where_its_gradient_goes():  # C-tdpo: kl = d / 2 in units of logp
+    likelihoods = at_errors([0.025], [0.0625], [0.025], [0.0175])
+    kl = torch.tensor([[0.015, 0.0125]], dtype=torch.float64, requires_grad=True)
+    output = build("objective", {"name": "pair", "beta": 20, "kl_correction": 0.5})(replace(likelihoods, kl=kl))
+    assert output.loss.item() == pytest.approx(0.483589, abs=1e-6)
+    output.loss.backward()
+    assert kl.grad[0, 0] == 0 and kl.grad[0, 1] > 0  # the winner's side is detached, the loser's KL is pushed down
+    assert build("objective", {"name": "pair", "beta": 20})(likelihoods).loss.item() == pytest.approx(
+        0.493249, abs=1e-6
+    )

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from diffalign.types import UserError
+from diffalign.errors import UserError
 
 _HOST = "".join(c for c in socket.gethostname() if c.isalnum())[:24] or "host"
 
@@ -56,13 +56,15 @@ def atomic_path(path: Path, hint: str = "") -> Iterator[Path]:
         raise
 
 
-def write_atomic(path: Path, data: bytes, hint: str = "") -> None:
+def write_atomic(path: Path, data: bytes | str, hint: str = "") -> None:
     """Writes `data` to `path`, whole or not at all, and flushed to the disk.
+
+    Text is written in UTF-8; what UTF-8 cannot hold (lone surrogates) becomes '?'.
 
     Raises:
         UserError: the disk is full; `hint` says how much is needed.
     """
     with atomic_path(path, hint) as temporary, open(temporary, "wb") as file:
-        file.write(data)
+        file.write(data.encode("utf-8", errors="replace") if isinstance(data, str) else data)
         file.flush()
         os.fsync(file.fileno())
