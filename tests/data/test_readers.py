@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -337,6 +338,8 @@ def test_memory_does_not_grow_with_the_images(tmp_path: Path):
             ]
             writer.write_table(pa.Table.from_pylist(rows, schema))
     assert path.stat().st_size > 38_000_000
+    with contextlib.suppress(BadRow):
+        data("pickapic", path)[0]  # what is imported on first use is not the reader's memory
     tracemalloc.start()
     held = pa.total_allocated_bytes()
     reader, report = data("pickapic", path), Report()

@@ -73,7 +73,7 @@ def records(path: Path, utility: tuple[float, ...], **extra) -> Path:
 def test_a_method_that_does_not_fit_is_refused(utility, method, message, tmp_path):
     path = records(tmp_path / "data", utility)
     with pytest.raises(UserError, match=message):
-        check_data(resolve(["sdxl", method, f"source.data.path={path}"]))
+        check_data(resolve(["sdxl", method, f"source.data.path={path}", "source.data.ties=keep"]))
 
 
 def test_lists_single_images_and_scorer_margins_fit(tmp_path):
