@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import io
 import math
 import re
@@ -43,6 +44,15 @@ PANELS = (
         ),
         0.0,
     ),
+    Panel(
+        "Held-out ranking",
+        (
+            ("policy", ("holdout/ranking_accuracy",)),
+            ("reference", ("holdout/reference_ranking_accuracy",)),
+        ),
+        0.5,
+        "chance",
+    ),
     Panel("Gradient norm", (("grad_norm", ("grad_norm",)),)),
     Panel("Learning rate", (("lr", ("lr",)),)),
 )
@@ -60,6 +70,13 @@ def series(metrics: Sequence[Mapping[str, Any]], names: Sequence[str]) -> tuple[
             steps, values = zip(*points, strict=True)
             return list(steps), list(values)
     return [], []
+
+
+def panels(metrics: Sequence[Mapping[str, Any]]) -> list[Panel]:
+    """PANELS, and one for each score of the run's samples."""
+    names = dict.fromkeys(name for row in metrics for name in row if name.startswith("samples/"))
+    scores = [name for name in names if not name.endswith("_se")]
+    return [*PANELS, *(Panel(f"Samples: {name.removeprefix('samples/')}", (("mean", (name,)),)) for name in scores)]
 
 
 def _thin(values: Sequence[float]) -> list[float]:
@@ -130,4 +147,4 @@ def _inline(svg: str, title: str, salt: str) -> str:
     for stand_in, variable in _COLOURS.items():
         svg = svg.replace(stand_in, variable)
     svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)  # the page's own font
-    return svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(title)}"', 1)  # it may name a scorer

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -18,6 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffalign.types import UserError
+
+Kind = Literal["best", "step"]
+KINDS: tuple[Kind, ...] = get_args(Kind)  # rotated apart: the best one stays while the others go
 
 
 @dataclass(frozen=True)
@@ -31,14 +34,14 @@ class Checkpoint:
     scaler: dict[str, Any]
 
 
-def save(run: Path, checkpoint: Checkpoint, fingerprint: str, keep: int) -> Path:
-    """Writes `run/checkpoints/step-XXXXXXXX` and removes all but the newest `keep`.
+def save(run: Path, checkpoint: Checkpoint, fingerprint: str, keep: int, kind: Kind = "step") -> Path:
+    """Writes `run/checkpoints/step-XXXXXXXX` (or best-...) and removes all but the newest `keep` of its kind.
 
     Raises:
         UserError: the disk is full; the previous checkpoints are untouched.
     """
     folder = run / "checkpoints"
-    final = folder / f"step-{checkpoint.step:08d}"
+    final = folder / f"{kind}-{checkpoint.step:08d}"
     temporary = folder / f".writing-{final.name}"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -67,15 +70,20 @@ def save(run: Path, checkpoint: Checkpoint, fingerprint: str, keep: int) -> Path
                 f"no disk space for a checkpoint in {folder}: free some and run the same command again"
             ) from error
         raise
-    for old in sorted(folder.glob("step-*"))[:-keep]:
+    for old in sorted(folder.glob(f"{kind}-*"))[:-keep]:
         shutil.rmtree(old)
     return final
 
 
+def found(run: Path) -> dict[int, Path]:
+    """Steps done -> a complete checkpoint of a run folder, in rising order, the best one included."""
+    paths = [path for kind in KINDS for path in (run / "checkpoints").glob(f"{kind}-*")]
+    return dict(sorted((int(path.name.rpartition("-")[2]), path) for path in paths))
+
+
 def newest(run: Path) -> Path | None:
-    """The newest complete checkpoint of a run folder."""
-    found = sorted((run / "checkpoints").glob("step-*"))
-    return found[-1] if found else None
+    """The newest complete checkpoint of a run folder. The best one counts: a run never resumes from before its best."""
+    return next(reversed(found(run).values()), None)
 
 
 def load(path: Path, fingerprint: str | None = None) -> Checkpoint:

@@ -135,6 +135,10 @@ def resolve_overrides(tokens: Sequence[str]) -> dict[str, Any]:
 def _show(verb: str, result: Any) -> None:
     if verb == "train":
         print(f"trained {result.steps} steps; weights in {result.folder / 'export'}")
+        if "ended_early" in result.check:
+            print(f"ended early: {result.check['ended_early']}")
+        if "exported_step" in result.check:
+            print(f"exported the best measured weights, after step {result.check['exported_step']}")
         if result.check.get("image_mean_difference") is not None:
             print(
                 f"self-check: export covers {result.check['num_targets_covered']} of {result.check['num_targets']}"

@@ -12,9 +12,10 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
+from pydantic import BeforeValidator
 
 from diffalign.registry import build, build_dataclass, suggest
 from diffalign.types import UserError
@@ -96,7 +97,7 @@ class Label:
 
     scores: str | None = None  # scores.jsonl that `score` wrote
     scorer: str | None = None  # default: the only one there
-    rule: Literal["best-worst", "all-pairs"] = "best-worst"
+    rule: Literal["best-worst", "all-pairs", "ranking"] = "best-worst"  # ranking: one list per prompt
     min_margin: float = 0.0  # pairs whose scores differ by no more are not made
     out: str | None = None  # Parquet file of records
 
@@ -128,6 +129,60 @@ class Export:
 
 
 @dataclass(frozen=True)
+class Stop:
+    """When `train` ends before its last step, which weights it exports, and the over-optimisation alarm; off as it is.
+
+    A measurement is a validation (`train.validate_every`) for holdout/..., a sample grid (`train.sample_every`) for
+    samples/...
+    """
+
+    metric: str | None = None  # holdout/<name>, samples/<scorer> or samples/diversity: its best checkpoint is kept
+    mode: Literal["max", "min"] = "max"  # which way the metric is better
+    patience: int = 0  # measurements in a row without improvement after which training ends; 0: never
+    min_delta: float = 0.0  # an improvement is more than this, in the metric's unit
+    restore_best: bool = False  # export the weights that measured best instead of the last
+    scorers: tuple[str, ...] = ()  # judge the sample grids
+    seeds: int = 1  # pictures per sample prompt; from 2 on, diversity is that of a prompt's pictures
+    # YAML reads a bare off as false
+    alarm: Annotated[
+        Literal["off", "warn", "stop", "rollback"], BeforeValidator(lambda value: "off" if value is False else value)
+    ] = "off"
+    train_scorer: str | None = None  # the one whose rise the alarm distrusts: what the labels came from
+    held_out_scorers: tuple[str, ...] = ()  # default: all others of `scorers`
+    window: int = 3  # samplings from whose first to whose last the alarm looks
+
+    def __post_init__(self) -> None:
+        for name, least in (("patience", 0), ("min_delta", 0), ("seeds", 1), ("window", 2)):
+            if getattr(self, name) < least:
+                raise UserError(f"stop.{name} must be at least {least} (got {getattr(self, name)})")
+        if self.metric is None:
+            for key, is_set in (
+                ("patience", self.patience > 0),
+                ("restore_best", self.restore_best),
+                ("alarm=rollback", self.alarm == "rollback"),
+            ):
+                if is_set:
+                    raise UserError(f"stop.{key} needs stop.metric, which says what best is: holdout/implicit_accuracy")
+        elif not self.metric.startswith(("holdout/", "samples/")):
+            raise UserError(f"stop.metric must be holdout/<name> or samples/<scorer> (got {self.metric!r})")
+        if self.alarm == "off":
+            return
+        if self.train_scorer is None:
+            raise UserError("stop.alarm needs stop.train_scorer, one of stop.scorers")
+        for key, names in (("train_scorer", (self.train_scorer,)), ("held_out_scorers", self.held_out_scorers)):
+            for scorer in names:
+                if scorer not in self.scorers:
+                    raise UserError(f"stop.{key}: {scorer!r} is not in stop.scorers ({', '.join(self.scorers) or '-'})")
+        if self.train_scorer in self.held_out_scorers:
+            raise UserError(f"stop.held_out_scorers: {self.train_scorer!r} is stop.train_scorer, so it is not held out")
+
+    @property
+    def decides(self) -> bool:
+        """Whether anything beside logging is switched on."""
+        return self.metric is not None or self.alarm != "off"
+
+
+@dataclass(frozen=True)
 class Log:
     """Where metrics go beside metrics.jsonl."""
 
@@ -145,6 +200,7 @@ SECTIONS = {
     "label": Label,
     "evaluate": Evaluate,
     "export": Export,
+    "stop": Stop,
     "log": Log,
 }
 
@@ -165,6 +221,7 @@ class Config:
     label: Label = field(default_factory=Label)
     evaluate: Evaluate = field(default_factory=Evaluate)
     export: Export = field(default_factory=Export)
+    stop: Stop = field(default_factory=Stop)
     log: Log = field(default_factory=Log)
     names: Mapping[str, str] = field(default_factory=dict)  # component -> its name
     unnamed: Mapping[str, Any] = field(default_factory=dict)  # components of which keys are given, but no name
@@ -195,7 +252,7 @@ class Config:
         return result
 
 
-TRAINING_SECTIONS = (*COMPONENTS, "train", "sampling", "log")
+TRAINING_SECTIONS = (*COMPONENTS, "train", "sampling", "stop", "log")
 
 
 def fingerprint(config: Mapping[str, Any]) -> str:
@@ -204,6 +261,10 @@ def fingerprint(config: Mapping[str, Any]) -> str:
     for section, key in (("train", "out"), ("train", "keep_checkpoints"), ("train", "checkpoint_every")):
         kept.get(section, {}).pop(key, None)
     kept.pop("log", None)
+    # what is not switched on changes nothing: runs from before a key existed go on
+    default = json.loads(json.dumps(_plain(Stop())))
+    stop = {key: value for key, value in kept.pop("stop", {}).items() if value != default.get(key)}
+    kept |= {"stop": stop} if stop else {}
     return hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 

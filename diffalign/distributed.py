@@ -5,7 +5,7 @@ Everything else sees a rank, a size, a few reductions and a backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -84,6 +84,11 @@ class World:
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """[B/size] per rank to [B] in rank order, on every rank."""
         return {name: self.accelerator.gather(value.to(self.device)).cpu() for name, value in tensors.items()}
+
+    def from_main(self, numbers: Sequence[int]) -> list[int]:
+        """The main process's numbers, on every process; as many are given everywhere."""
+        shared = self.accelerator.gather(torch.tensor(list(numbers), device=self.device))  # in rank order
+        return shared[: len(numbers)].tolist()
 
     def barrier(self) -> None:
         """Waits for every process."""

@@ -32,6 +32,13 @@ class Progress:
             self.last_line = time.monotonic()
             print(self._line(note), file=sys.stderr, flush=True)
 
+    def say(self, text: str) -> None:
+        """One line on stderr that does not tear the bar; said even where progress is not shown."""
+        if self.bar is not None:
+            self.bar.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
     def _line(self, note: str) -> str:
         seconds = time.monotonic() - self.begun
         rate = (self.done - self.start) / max(seconds, 1e-9)

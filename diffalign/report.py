@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign._atomic import write_atomic
-from diffalign._charts import PANELS, draw, series
+from diffalign._charts import draw, panels, series
 from diffalign._json import finite, write_json
 from diffalign._pictures import embed, image_grid
 
@@ -243,8 +243,8 @@ def write_report(folder: str | Path, data: ReportData) -> Path:
         for p in row.pictures
     ]
     write_json(folder / "results.json", {"headline": head, "warnings": lines, **results, "pictures": scores})
-    # The SVG holds no text of the user: safe to insert as it is.
-    curves = [{"title": p.title, "svg": Markup(svg)} for p in PANELS if (svg := draw(p, data.metrics))]
+    # The SVG's only text from outside, a scorer's name, is escaped: safe to insert as it is.
+    curves = [{"title": p.title, "svg": Markup(svg)} for p in panels(data.metrics) if (svg := draw(p, data.metrics))]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= _FILTERS
     template = environment.from_string(resources.files("diffalign").joinpath("report.html.j2").read_text("utf-8"))

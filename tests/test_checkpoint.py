@@ -34,6 +34,18 @@ def test_round_trip_and_rotation(tmp_path: Path):
     torch.testing.assert_close(loaded.optimizer["state"][0]["exp_avg"], saved.optimizer["state"][0]["exp_avg"])
 
 
+def test_the_best_is_rotated_apart_and_resumed_from_where_it_is_newest(tmp_path: Path):
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, state(step), "mark", keep=1)
+        if step < 3:
+            checkpoint.save(tmp_path, state(step), "mark", keep=1, kind="best")
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"best-00000002", "step-00000003"}
+    assert list(checkpoint.found(tmp_path)) == [2, 3]
+    checkpoint.save(tmp_path, state(4), "mark", keep=1, kind="best")
+    newest = checkpoint.newest(tmp_path)
+    assert newest is not None and newest.name == "best-00000004" and checkpoint.load(newest).step == 4
+
+
 @pytest.mark.parametrize("broken", ["weights.safetensors", "ema.safetensors", "optimizer.pt", "state.json"])
 def test_broken_files_are_named(tmp_path: Path, broken: str):
     path = checkpoint.save(tmp_path, state(1), "mark", keep=1)

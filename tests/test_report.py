@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from diffalign import report
-from diffalign._charts import PANELS, draw
+from diffalign._charts import PANELS, draw, panels
 from diffalign.evaluation import compare, holdout_accuracy
 from diffalign.report import Picture, PictureRow, ReportData, image_grid, write_report
 from diffalign.types import UserError
@@ -255,6 +255,14 @@ def test_long_runs_make_small_charts() -> None:
     chart = draw(PANELS[0], metrics)
     assert chart is not None and len(chart) < 40_000 and "ln 2" in chart
     assert "#0" not in chart.replace('"#', "").replace("(#", "")  # every colour follows the page's theme
+
+
+def test_sample_scores_get_a_chart_each(tmp_path: Path) -> None:
+    name = 'samples/mine:"><b>Judge'  # a scorer's name is text from outside
+    metrics = [{"step": s, name: 0.1 * s, f"{name}_se": 0.1, "holdout/ranking_accuracy": 0.5} for s in range(3)]
+    assert [p.title for p in panels(metrics)][len(PANELS) :] == ['Samples: mine:"><b>Judge']
+    page = read(write_report(tmp_path, ReportData("t", metrics=metrics)))
+    assert page.tags.count("svg") == 2 and "b" not in page.tags and "Held-out ranking" in page.text
 
 
 def test_image_grid(tmp_path: Path) -> None:

@@ -22,6 +22,9 @@ class Elbo:
         noisier, it biases the learned shift toward zero (errors in variables; tests/test_gaussian_world.py).
     t_distribution: `native` is the family's training distribution (uniform for VP, shifted logit-normal for rectified
         flow), `uniform` is uniform in t. One t per prompt, shared by its candidates.
+    t_quantiles: the part of that distribution that is drawn from, (0, 1) is all of it. What a picture shows and where
+        is decided at high noise, which small latents shift toward 1; below, preferences between one's own samples are
+        mostly learned by heart. (0.5, 1) trains the noisier half of the draws.
     weighting: `constant` (the released codes), `elbo`, `min-snr` (arXiv 2303.09556), or `tilt`, the weight under which
         one KL-tilted density is optimal at every t (reference world N(0, I), linear reward).
     draws: independent (t, noise) draws averaged per prompt and step.
@@ -31,6 +34,7 @@ class Elbo:
 
     shared_noise: bool = True
     t_distribution: Literal["native", "uniform"] = "native"
+    t_quantiles: tuple[float, float] = (0.0, 1.0)
     weighting: Literal["constant", "elbo", "min-snr", "tilt"] = "constant"
     draws: int = 1
     reduction: Literal["mean", "sum"] = "mean"
@@ -41,6 +45,9 @@ class Elbo:
     def __post_init__(self) -> None:
         if self.draws < 1:
             raise UserError(f"likelihood.draws must be at least 1 (got {self.draws})")
+        low, high = self.t_quantiles
+        if not 0 <= low < high <= 1:
+            raise UserError(f"likelihood.t_quantiles must be two numbers 0 <= low < high <= 1 (got {low}, {high})")
 
     def draw(self, policy: Denoiser, batch: EndpointBatch) -> tuple[Float[Tensor, "B M"], Float[Tensor, "B M K C H W"]]:
         """Noise levels and noises of the batch's visit, from the addresses alone."""
@@ -51,6 +58,9 @@ class Elbo:
         for m in range(self.draws):
             numbers = batch.visits.cpu() * self.draws + m
             u = randomness.uniform(self.seed, "t", ids, numbers)
+            low, high = self.t_quantiles
+            if (low, high) != (0, 1):
+                u = low + (high - low) * u
             times.append(policy.schedule.sample_t(u, self.t_distribution))
             noise = randomness.normal(self.seed, "noise", ids, numbers, shape)
             noises.append(noise.unsqueeze(1).expand(-1, num_candidates, *latent) if self.shared_noise else noise)

@@ -33,8 +33,9 @@ class Pair:
         `diffalign convert-beta` convert the papers' and code bases' numbers.
     beta_loser: the loser's own beta (split beta of arXiv 2406.07327); null is `beta`.
     link: `logistic`; `hinge` max(0, 1 - margin) (SLiC-HF, arXiv 2305.10425); `square` (margin - 1/2)^2 / beta_nats^2,
-        which is IPO's (logratio_w - logratio_l - 1/(2 beta))^2 (arXiv 2310.12036). A square of one noisy draw adds the
-        draw's variance to the loss (not to the optimum's place): raise likelihood.draws.
+        which is IPO's (logratio_w - logratio_l - 1/(2 beta))^2 (arXiv 2310.12036). A square of one noisy draw adds
+        the draw's variance, which grows away from the reference and so holds the policy there; the logistic link has
+        the same bias, weaker. Raise likelihood.draws (tests/test_mixture_world.py measures both).
     labels: `hard` trusts the label. `smooth` (cDPO) expects a share `flip_rate` of wrong labels; `robust` is the loss
         whose mean over such flips is the hard loss (arXiv 2403.00409), unbounded below. `soft` takes the winner's
         utility as its probability to win (utilities that add to 1) or, given `temperature`, computes it from them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,18 @@ def sample_prompts(config: Config, batches: Any) -> list[str]:
 
 
 def sample_grid(model: Any, config: Config, batches: Any, folder: Path, step: int) -> np.ndarray:
-    """Writes samples/step-XXXXXXXX.png and returns its pictures, uint8 [N, H, W, 3]."""
-    prompts = sample_prompts(config, batches)
-    images = sample_images(model, prompts, [0] * len(prompts), SAMPLE_SEED, config.sampling)
+    """Writes samples/step-XXXXXXXX.png and returns its pictures, uint8 [N, H, W, 3].
+
+    `stop.seeds` pictures of each prompt in turn, the same noise at every step.
+    """
+    prompts, seeds = sample_prompts(config, batches), config.stop.seeds
+    by_seed = [sample_images(model, prompts, [k] * len(prompts), SAMPLE_SEED, config.sampling) for k in range(seeds)]
+    images = np.stack(by_seed, axis=1).reshape(-1, *by_seed[0].shape[1:])
     (folder / "samples").mkdir(exist_ok=True)
     image_grid(
         [Image.fromarray(image) for image in images],
         len(prompts),
-        1,
+        seeds,
         prompts,
         folder / "samples" / f"step-{step:08d}.png",
     )
@@ -45,14 +50,16 @@ def _num_tensors(folder: Path) -> int:
         return len(list(file.keys()))
 
 
-def export_and_check(model: Any, config: Config, batches: Any, folder: Path) -> dict[str, Any]:
-    """Exports to `folder/export` and writes export_check.json.
+def export_and_check(
+    model: Any, config: Config, batches: Any, folder: Path, step: int, facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Exports the weights, which are those after `step`, to `folder/export` and writes export_check.json with `facts`.
 
     Raises:
         RuntimeError: the export is empty, does not cover its targets, or leaves a fixed-seed picture as it was.
     """
-    images = sample_grid(model, config, batches, folder, config.train.steps)
-    result: dict[str, Any] = {"steps": config.train.steps}
+    images = sample_grid(model, config, batches, folder, step)
+    result: dict[str, Any] = dict(facts)
     if getattr(config.model, "trainable", "lora") == "lora":
         with model.adapter_off():
             base = sample_grid(model, config, batches, folder, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from diffalign.distributed import World
 from diffalign.progress import Progress
 from diffalign.recipes import _run
 from diffalign.recipes._prompts import read_prompts
+from diffalign.recipes._stopping import ALARM_FILE
 from diffalign.recipes.generate import load_for_images, read_manifest, write_images
 from diffalign.recipes.score import BATCH, batched, build_scorers, open_image, score_rows
 from diffalign.types import Scorer, UserError
@@ -141,12 +143,15 @@ def _report_data(
     parts: dict[str, Any] = {}
     if run is not None:
         of_run = read_json(run / "run.json")
-        margins = [row for row in metrics.read_metrics(run) if row.get("holdout/num_prompts")]
+        check = read_json(run / "export_check.json")
+        exported = check.get("exported_step", math.inf)  # these weights are judged, not later ones
+        margins = [r for r in metrics.read_metrics(run) if r.get("holdout/num_prompts") and r["step"] < exported]
         facts = _run_facts(run) | facts
         parts = {
             "metrics": metrics.read_metrics(run),
             "data": of_run["data"].get("report"),
-            "export": read_json(run / "export_check.json"),
+            "export": check,
+            "warnings": _alarm(run),
             "holdout": _holdout(margins[-1]) if margins else None,
         }
     return report.ReportData(
@@ -171,6 +176,12 @@ def _holdout(row: Mapping[str, float]) -> dict[str, Any]:
     return dataclasses.asdict(replace(holdout_accuracy([1.0] * right + [-1.0] * (num - right)), rate=rate))
 
 
+def _alarm(run: Path) -> list[str]:
+    """The run's over-optimisation alarm as lines of the banner."""
+    alarm = read_json(run / ALARM_FILE)
+    return [f"The over-optimisation alarm rang after step {alarm['step']}: {alarm['reason']}."] if alarm else []
+
+
 def _run_facts(run: Path) -> dict[str, Any]:
     import yaml
 
@@ -178,7 +189,7 @@ def _run_facts(run: Path) -> dict[str, Any]:
     data = read_json(run / "run.json")["data"]
     return {
         "method": {"objective": config["objective"], "reference": config["reference"]["name"]},
-        "steps": config["train"]["steps"],
+        "steps": read_json(run / "export_check.json").get("steps", config["train"]["steps"]),
         "pairs per step": config["train"]["batch_size"],
         "learning rate": config["train"]["lr"],
         "training records": data.get("num_records"),

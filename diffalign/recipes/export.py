@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from diffalign import checkpoint
+from diffalign._json import read_json
 from diffalign.config import Config, resolve
 from diffalign.types import UserError
 
@@ -24,9 +25,12 @@ def export(config: Config) -> Path:
     run = Path(settings.run)
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} is no run folder: it holds no config.yaml")
-    path = checkpoint.newest(run) if settings.step is None else run / "checkpoints" / f"step-{settings.step:08d}"
-    if path is None or not path.is_dir():
-        there = ", ".join(p.name for p in sorted((run / "checkpoints").glob("step-*"))) or "none"
+    steps = checkpoint.found(run)
+    # the weights of the run's own export, which stop.restore_best may have taken from before its end
+    default = read_json(run / "export_check.json").get("exported_step", max(steps, default=0))
+    path = steps.get(default if settings.step is None else settings.step)
+    if path is None:
+        there = ", ".join(p.name for p in steps.values()) or "none"
         raise UserError(f"{run} has no such checkpoint (there are: {there})")
     out = Path(settings.out or run / f"export-{settings.format}")
     if out.exists() and any(out.iterdir()):

@@ -35,9 +35,26 @@ def pairs_of(group: list[dict[str, Any]], scorer: str, rule: str, min_margin: fl
             yield winner, loser
 
 
+def choices(
+    group: list[dict[str, Any]], scorer: str, rule: str, min_margin: float
+) -> Iterator[tuple[tuple[int, ...], tuple[float, ...]]]:
+    """(indices, utilities) of each record that one prompt's images make.
+
+    Pairs get (1, 0); `ranking` makes one record of all the images, best first, whose utilities are the scores, where
+    best and worst differ by more than `min_margin`.
+    """
+    if rule != "ranking":
+        yield from ((pair, (1.0, 0.0)) for pair in pairs_of(group, scorer, rule, min_margin))
+        return
+    scores = [float(row["scores"][scorer]) for row in group]
+    order = sorted(range(len(scores)), key=lambda index: -scores[index])
+    if scores[order[0]] - scores[order[-1]] > min_margin:
+        yield tuple(order), tuple(scores[index] for index in order)
+
+
 def _records(group: list[dict[str, Any]], root: Path, scorer: str, rule: str, min_margin: float) -> Iterator[Record]:
-    for winner, loser in pairs_of(group, scorer, rule, min_margin):
-        rows = (group[winner], group[loser])
+    for indices, utility in choices(group, scorer, rule, min_margin):
+        rows = [group[index] for index in indices]
         try:
             images = tuple((root / row["file"]).read_bytes() for row in rows)
         except OSError as error:
@@ -47,7 +64,7 @@ def _records(group: list[dict[str, Any]], root: Path, scorer: str, rule: str, mi
             id=randomness.address(prompt, *(row["file"] for row in rows)),
             prompt=prompt,
             images=images,
-            utility=(1.0, 0.0),
+            utility=utility,
             scores={name: tuple(float(row["scores"][name]) for row in rows) for name in rows[0]["scores"]},
             meta={"files": [row["file"] for row in rows], "label": f"{rule} by {scorer}"},
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -42,25 +42,36 @@ def open_image(path: Path) -> Image.Image:
         raise UserError(f"{path} is no readable image: generate it again or take it out of the manifest") from error
 
 
+def judge(
+    images: Sequence[Image.Image], prompts: Sequence[str], scorers: Mapping[str, Scorer], names: Sequence[str]
+) -> dict[str, list[float]]:
+    """scorer -> a score per picture; `names` are what the pictures are called in errors.
+
+    Raises:
+        UserError: a scorer that cannot judge a prompt or picture, or gave no finite number.
+    """
+    values: dict[str, list[float]] = {}
+    for scorer_name, scorer in scorers.items():
+        try:
+            scores = scorer.score(list(images), list(prompts))
+        except ValueError as error:
+            raise UserError(f"scorer {scorer_name}: {error}") from error
+        values[scorer_name] = [float(score) for score in scores]
+        for name, value in zip(names, values[scorer_name], strict=True):
+            if not float("-inf") < value < float("inf"):
+                raise UserError(f"scorer {scorer_name} gave {value} for {name}")
+    return values
+
+
 def score_rows(rows: Sequence[dict[str, Any]], root: Path, scorers: dict[str, Scorer]) -> list[dict[str, float]]:
     """scorer -> score, per row of a manifest.
 
     Raises:
-        UserError: a scorer that cannot judge a row's prompt or picture, or gave no finite number.
+        UserError: see `judge`, or a picture that cannot be read.
     """
     images = [open_image(root / row["file"]) for row in rows]
-    prompts = [row["prompt"] for row in rows]
-    values: list[dict[str, float]] = [{} for _ in rows]
-    for name, scorer in scorers.items():
-        try:
-            scores = scorer.score(images, prompts)
-        except ValueError as error:
-            raise UserError(f"scorer {name}: {error}") from error
-        for row, value, score in zip(rows, values, scores, strict=True):
-            if not float("-inf") < float(score) < float("inf"):
-                raise UserError(f"scorer {name} gave {float(score)} for {row['file']}")
-            value[name] = float(score)
-    return values
+    values = judge(images, [row["prompt"] for row in rows], scorers, [row["file"] for row in rows])
+    return [{name: values[name][index] for name in scorers} for index in range(len(rows))]
 
 
 def build_scorers(names: Sequence[str]) -> dict[str, Scorer]:
@@ -71,7 +82,12 @@ def build_scorers(names: Sequence[str]) -> dict[str, Scorer]:
     """
     if not names:
         raise UserError("no scorers named: see `diffalign list scorers`")
-    return {name.replace("-", "_"): build("scorer", {"name": name}) for name in names}
+    return {scorer_key(name): build("scorer", {"name": name}) for name in names}
+
+
+def scorer_key(name: str) -> str:
+    """What a scorer of that config name is called in files and metrics."""
+    return name.replace("-", "_")
 
 
 def score(config: Config, quiet: bool = False) -> Path:

@@ -23,10 +23,11 @@ from diffalign.config import TRAINING_SECTIONS, Config
 from diffalign.distributed import World
 from diffalign.metrics import MetricsLog
 from diffalign.progress import Progress
-from diffalign.recipes import _exported, _run
+from diffalign.recipes import _exported, _run, _samples
 from diffalign.recipes._fit import check_data, check_needs
 from diffalign.recipes._optim import Ema, build_optimizer, learning_rate
 from diffalign.recipes._preferences import holdout_margins, holdout_metrics, preference_metrics, summarize
+from diffalign.recipes._stopping import Decision, Watch, check_stop
 from diffalign.types import EndpointBatch, Setting, UserError
 
 Callback = Callable[[int, Mapping[str, float]], None]
@@ -37,7 +38,7 @@ class TrainResult:
     """Where the run is and how it ended."""
 
     folder: Path
-    steps: int
+    steps: int  # done; fewer than asked for where section `stop` ended it
     metrics: Mapping[str, Any]  # the last step's
     check: Mapping[str, Any]  # the export's self-check
 
@@ -56,6 +57,8 @@ class Trainer:
     optimizer: Any
     ema: Ema
     first_step: int = 0
+    done: int = 0  # steps
+    scorers: dict[str, Any] = field(default_factory=dict)  # of the sample grids, on the main process
     last_metrics: dict[str, Any] = field(default_factory=dict)
 
 
@@ -82,6 +85,7 @@ def micro_batch_size(config: Config, world: World) -> int:
 def set_up(config: Config) -> Trainer:
     """Builds and, where the run folder holds a checkpoint, restores everything."""
     check_needs(config)
+    check_stop(config)
     train = config.train
     world = World(train.device, train.precision)
     micro_batch_size(config, world)
@@ -121,18 +125,23 @@ def _check_data(run: _run.Run, facts: Mapping[str, Any], world: World) -> None:
         write_json(path, facts_of_run | {"processes": world.size, "precision": world.precision, "data": dict(facts)})
 
 
-def _restore(trainer: Trainer, state: checkpoint.Checkpoint) -> None:
+def _restore_weights(trainer: Trainer, state: checkpoint.Checkpoint) -> None:
     with torch.no_grad():
         for name, parameter in trainer.parameters.items():
             parameter.copy_(state.weights[name])
     trainer.ema.load(state.ema)
+
+
+def _restore(trainer: Trainer, state: checkpoint.Checkpoint) -> None:
+    _restore_weights(trainer, state)
     trainer.optimizer.load_state_dict(state.optimizer)
     trainer.world.load_scaler_state(state.scaler)
-    trainer.first_step = state.step
+    trainer.first_step = trainer.done = state.step
 
 
-def _save(trainer: Trainer, step: int) -> None:
+def _save(trainer: Trainer, step: int, kind: checkpoint.Kind = "step") -> None:
     if trainer.world.is_main:
+        keep = trainer.config.train.keep_checkpoints if kind == "step" else 1
         state = checkpoint.Checkpoint(
             step=step,
             weights=checkpoint.as_tensors(trainer.parameters),
@@ -140,7 +149,7 @@ def _save(trainer: Trainer, step: int) -> None:
             optimizer=trainer.optimizer.state_dict(),
             scaler=trainer.world.scaler_state(),
         )
-        checkpoint.save(trainer.run.folder, state, trainer.run.fingerprint, trainer.config.train.keep_checkpoints)
+        checkpoint.save(trainer.run.folder, state, trainer.run.fingerprint, keep, kind)
     trainer.world.barrier()
 
 
@@ -180,16 +189,16 @@ def train_step(trainer: Trainer, batch: EndpointBatch, step: int) -> dict[str, f
 
 
 def validate(trainer: Trainer) -> dict[str, float]:
-    """Held-out preference accuracy of the weights as they are; nothing where the objective has no margin."""
+    """Held-out accuracy and ranking of the weights as they are; nothing where the objective has no margin."""
     train = trainer.config.train
     likelihood = replace(trainer.config.likelihood, draws=train.validate_draws)
     batches = trainer.batches.holdout(train.validate_prompts, train.batch_size)
     if "pair" not in trainer.config.objective.needs:
         return {}
-    margins = holdout_margins(
+    measured = holdout_margins(
         trainer.world, trainer.model, trainer.reference, likelihood, trainer.config.objective, batches
     )
-    return holdout_metrics(margins)
+    return holdout_metrics(measured)
 
 
 def train(config: Config, callbacks: Sequence[Callback] = (), quiet: bool = False) -> TrainResult:
@@ -204,56 +213,102 @@ def train(config: Config, callbacks: Sequence[Callback] = (), quiet: bool = Fals
     log = MetricsLog(trainer.run.folder, config.log.trackers, config.log.project) if world.is_main else None
     if log is not None:
         log.resume(trainer.first_step - 1)
+    watch = Watch(config.stop, world, trainer.run.folder)
+    last_step = trainer.first_step if watch.decision.ends else train_config.steps
+    is_unfinished = trainer.first_step < last_step
+    if is_unfinished and world.is_main:
+        trainer.scorers = _samples.prepare_scorers(config, trainer.batches, trainer.model)
     with (
         Progress("train", train_config.steps, trainer.first_step, "step", quiet or not world.is_main) as progress,
         ThreadPoolExecutor(max_workers=1) as loader,
     ):
-        following = loader.submit(trainer.batches.batch, trainer.first_step) if _is_unfinished(trainer) else None
-        for step in range(trainer.first_step, train_config.steps):
+        following = loader.submit(trainer.batches.batch, trainer.first_step) if is_unfinished else None
+        for step in range(trainer.first_step, last_step):
             begun = time.perf_counter()
             assert following is not None
             batch = following.result()
-            if step + 1 < train_config.steps:
+            if step + 1 < last_step:
                 following = loader.submit(trainer.batches.batch, step + 1)
             scalars = train_step(trainer, batch, step)
             scalars["pairs_per_second"] = train_config.batch_size / (time.perf_counter() - begun)
-            _after_step(trainer, step, scalars)
-            if log is not None and (step % config.log.every == 0 or step + 1 == train_config.steps):
-                log.log(step, scalars)
+            decision = _after_step(trainer, watch, log, step, scalars)
             for callback in callbacks:
                 callback(step, scalars)
             progress.advance(note=f"loss {scalars['loss']:.4f}")
+            if decision.alarm:
+                progress.say(f"diffalign train: alarm after step {step + 1}: {decision.alarm}")
+            if decision.ends:
+                break
     if log is not None:
         log.close()
-    return finish(trainer)
+    return finish(trainer, watch)
 
 
-def _is_unfinished(trainer: Trainer) -> bool:
-    return trainer.first_step < trainer.config.train.steps
-
-
-def _after_step(trainer: Trainer, step: int, scalars: dict[str, float]) -> None:
-    """Validation, samples and checkpoints that are due after `step`; adds to its metrics."""
-    config, done = trainer.config.train, step + 1
-    is_last = done == config.steps
-    if config.validate_every and (is_last or done % config.validate_every == 0):
-        scalars |= validate(trainer)
-    if trainer.world.is_main and config.sample_every and done % config.sample_every == 0 and not is_last:
-        with trainer.ema.swapped_in():
-            _exported.sample_grid(trainer.model, trainer.config, trainer.batches, trainer.run.folder, done)
-    if is_last or done % config.checkpoint_every == 0:
+def _after_step(
+    trainer: Trainer, watch: Watch, log: MetricsLog | None, step: int, scalars: dict[str, float]
+) -> Decision:
+    """Measures what is due after `step`, decides, logs and saves, in this order: who resumes from a checkpoint then has
+    the rows that were decided from."""
+    config, done = trainer.config, step + 1
+    is_measured = _measure(trainer, watch, done, scalars)
+    decision = watch.after(step, scalars) if is_measured else Decision()
+    is_last = done == config.train.steps
+    if log is not None and (step % config.log.every == 0 or is_last or is_measured):
+        log.log(step, scalars)
+    if decision.is_best:
+        _save(trainer, done, kind="best")
+    if is_last or decision.ends or done % config.train.checkpoint_every == 0:
         _save(trainer, done)
-    trainer.last_metrics = scalars
+    trainer.done, trainer.last_metrics = done, scalars
+    return decision
 
 
-def finish(trainer: Trainer) -> TrainResult:
+def _measure(trainer: Trainer, watch: Watch, done: int, scalars: dict[str, float]) -> bool:
+    """Validation and samples that are due after `done` steps, added to the metrics; whether any were measured."""
+    config, judges = trainer.config.train, bool(trainer.config.stop.scorers)
+    is_last = done == config.steps
+    validates = bool(config.validate_every) and (is_last or done % config.validate_every == 0)
+    if validates:
+        validated = validate(trainer)
+        watch.check(validated)
+        scalars |= validated
+    # the export samples the last step anyway, but to choose between weights its scores must be known before
+    samples = bool(config.sample_every) and (judges if is_last else done % config.sample_every == 0)
+    if samples and trainer.world.is_main:
+        with trainer.ema.swapped_in():
+            scalars |= _samples.sample_and_judge(
+                trainer.model, trainer.config, trainer.batches, trainer.run.folder, done, trainer.scorers
+            )
+    return validates or (samples and judges)
+
+
+def finish(trainer: Trainer, watch: Watch) -> TrainResult:
     """Exports the trained weights and checks that they are there, cover their targets and change a picture."""
     world, folder = trainer.world, trainer.run.folder
     trainer.model.denoiser = world.unwrap(trainer.model.denoiser)
     result = read_json(folder / "export_check.json")
     if world.is_main and not result:
+        step = trainer.done
+        facts: dict[str, Any] = {"steps": step}
+        if watch.exported_step:
+            step = facts["exported_step"] = watch.exported_step
+            _restore_best(trainer, step)
+        if watch.decision.ends and trainer.done < trainer.config.train.steps:
+            facts["ended_early"] = watch.decision.reason
         with trainer.ema.swapped_in():
-            result = _exported.export_and_check(trainer.model, trainer.config, trainer.batches, folder)
+            result = _exported.export_and_check(trainer.model, trainer.config, trainer.batches, folder, step, facts)
     world.barrier()
     world.close()
-    return TrainResult(folder, trainer.config.train.steps, trainer.last_metrics, result)
+    return TrainResult(folder, trainer.done, trainer.last_metrics, result)
+
+
+def _restore_best(trainer: Trainer, step: int) -> None:
+    """The weights, and their average, of the best checkpoint.
+
+    Raises:
+        UserError: somebody removed it.
+    """
+    path = checkpoint.found(trainer.run.folder).get(step)
+    if path is None:
+        raise UserError(f"the best checkpoint, of step {step}, is gone from {trainer.run.folder / 'checkpoints'}")
+    _restore_weights(trainer, checkpoint.load(path, trainer.run.fingerprint))

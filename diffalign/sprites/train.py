@@ -178,7 +178,7 @@ class Sd3:
         first = p.text_encoder(tokens, output_hidden_states=True)
         second = p.text_encoder_2(tokens, output_hidden_states=True)
         states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
-        zeros = 256 if torch.rand(()) < 0.03 else 8  # mostly ours, sometimes diffusers' default
+        zeros = 256 if torch.rand(()) < 0.01 else 8  # mostly ours, sometimes diffusers' default
         states = torch.cat([states, states.new_zeros(BATCH, zeros, states.shape[-1])], dim=1)
         pooled = torch.cat([first.text_embeds, second.text_embeds], dim=-1)
         t = torch.sigmoid(torch.randn(BATCH))

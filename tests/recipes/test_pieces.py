@@ -10,7 +10,7 @@ from diffalign.config import resolve
 from diffalign.recipes._prompts import read_prompts
 from diffalign.recipes._run import differences, open_folder
 from diffalign.recipes.evaluate import categories_of, model_names
-from diffalign.recipes.label import pairs_of
+from diffalign.recipes.label import choices, pairs_of
 from diffalign.recipes.score import _keep_whole_lines
 from diffalign.types import UserError
 
@@ -28,6 +28,12 @@ def test_best_against_worst():
 def test_all_pairs_put_the_winner_first():
     assert list(pairs_of(group(0.2, 0.9, 0.2), "s", "all-pairs", 0.0)) == [(1, 0), (1, 2)]
     assert list(pairs_of(group(3.0, 2.0, 1.0), "s", "all-pairs", 1.5)) == [(0, 2)]
+
+
+def test_a_ranking_is_one_record_best_first():
+    assert list(choices(group(0.2, 0.9, 0.1, 0.9), "s", "ranking", 0.0)) == [((1, 3, 0, 2), (0.9, 0.9, 0.2, 0.1))]
+    assert list(choices(group(0.5, 0.5), "s", "ranking", 0.0)) == []
+    assert list(choices(group(0.2, 0.9), "s", "all-pairs", 0.0)) == [((1, 0), (1.0, 0.0))]
 
 
 def test_prompt_lists(tmp_path):
