@@ -121,5 +121,5 @@ def demo(
     """The whole loop on an embedded model; returns its evaluation."""
     from diffalign.recipes.demo import demo as recipe
 
-    config = configure(configs=[model, "diffusion-dpo", "demo"], **sections)
+    config = configure(configs=[model, "diffusion-dpo", "demo", f"demo-{model}"], **sections)
     return recipe(config, Path(out or f"runs/demo-{model}"), quiet)

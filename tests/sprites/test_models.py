@@ -17,9 +17,8 @@ from diffalign.sprites.render import render
 from diffalign.sprites.scene import KINDS, all_captions, caption, prompts, sample_scene
 
 LIMIT_BYTES = 8_000_000
-# Guards against broken weights, well below what the stamps say (single objects right: sdxl 0.71, sd3 0.33). They are no
-# target: the SD3 model as it is trained so far is a weak one.
-FLOOR = {"sdxl": 0.5, "sd3": 0.15}
+# Guards against broken weights, below what the stamps say (single objects right: see training.json).
+FLOOR = {"sdxl": 0.75, "sd3": 0.6}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -91,7 +90,7 @@ def test_held_out_captions_come_out(family, pipeline):
     assert verdicts["single"]["correct"] >= FLOOR[family]
     assert verdicts["single"]["attributes"]["background"] >= 0.9
     assert verdicts["two"]["correct"] < verdicts["single"]["correct"]  # what alignment is for
-    assert 0.35 < verdicts["two"]["score"] < 0.95
+    assert 0.5 < verdicts["two"]["score"] < 0.98
 
 
 def test_the_stamp_says_how_it_was_made_and_judged(family):
