@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,4 +123,4 @@ def demo(
     from diffalign.recipes.demo import demo as recipe
 
     config = configure(configs=[model, "diffusion-dpo", "demo", f"demo-{model}"], **sections)
-    return recipe(config, Path(out or f"runs/demo-{model}"), quiet)
+    return recipe(replace(config, title=f"demo-{model}"), Path(out or f"runs/demo-{model}"), quiet)

@@ -24,6 +24,7 @@ from diffalign.recipes._prompts import read_prompts
 from diffalign.recipes._stopping import ALARM_FILE
 from diffalign.recipes.generate import load_for_images, read_manifest, write_images
 from diffalign.recipes.score import BATCH, batched, build_scorers, open_image, score_rows
+from diffalign.registry import find
 from diffalign.types import Scorer, UserError
 
 BASE = "base"
@@ -182,13 +183,23 @@ def _alarm(run: Path) -> list[str]:
     return [f"The over-optimisation alarm rang after step {alarm['step']}: {alarm['reason']}."] if alarm else []
 
 
+def _changed(objective: Mapping[str, Any]) -> dict[str, Any]:
+    """Name, beta, and the slots that differ from their defaults."""
+    default = {f.name: f.default for f in dataclasses.fields(find("objective", objective["name"]))}
+    return {
+        key: value
+        for key, value in objective.items()
+        if key in ("name", "beta") or (value != default.get(key) and value not in ({}, []))
+    }
+
+
 def _run_facts(run: Path) -> dict[str, Any]:
     import yaml
 
     config = yaml.safe_load((run / "config.yaml").read_text())
     data = read_json(run / "run.json")["data"]
     return {
-        "method": {"objective": config["objective"], "reference": config["reference"]["name"]},
+        "method": {"objective": _changed(config["objective"]), "reference": config["reference"]["name"]},
         "steps": read_json(run / "export_check.json").get("steps", config["train"]["steps"]),
         "pairs per step": config["train"]["batch_size"],
         "learning rate": config["train"]["lr"],
