@@ -7,6 +7,7 @@ in the safetensors metadata. The webui ("kohya") key names carry alpha as a tens
 from __future__ import annotations
 
 import contextlib
+import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,6 +115,7 @@ def load(pipeline: Any, family: Family, path: str | Path, adapter: str, key: str
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
+            _text_encoders_need_none()
             pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name=adapter)
         _reload_float32(pipeline, family, file, adapter)
     except Exception as error:  # diffusers and peft raise many kinds for a file that does not fit
@@ -122,6 +124,15 @@ def load(pipeline: Any, family: Family, path: str | Path, adapter: str, key: str
         ) from error
     if not lora_layers(network, adapter):
         raise UserError(f"{key}={file}: holds no LoRA weights of the {family.denoiser}")
+
+
+def _text_encoders_need_none() -> None:
+    """diffusers warns of every text encoder that an adapter leaves alone; ours leave all of them alone, on purpose."""
+    logging.getLogger("diffusers.loaders.lora_base").addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("No LoRA keys associated to CLIP")
 
 
 def _reload_float32(pipeline: Any, family: Family, file: Path, adapter: str) -> None:
