@@ -189,5 +189,33 @@ def test_bad_draws():
         build("likelihood", {"name": "elbo", "draws": 0})
 
 
+@every_schedule
+def test_a_part_of_the_noise_levels(schedule):
+    data, policy = batch(num=64), Linear(schedule)
+    whole = build("likelihood", {"name": "elbo", "t_quantiles": [0.0, 1.0]})(policy, policy, data).t
+    assert whole is not None
+    torch.testing.assert_close(whole, build("likelihood", {"name": "elbo"})(policy, policy, data).t, rtol=0, atol=0)
+    noisy = build("likelihood", {"name": "elbo", "t_quantiles": [0.6, 1.0]})(policy, policy, data).t
+    ends = schedule.sample_t(torch.tensor([0.6, 0.999999], dtype=torch.float64), "native")
+    assert (noisy >= ends[0]).all() and (noisy <= ends[1]).all() and (whole < ends[0]).any()
+    for bad in ([0.5, 0.5], [-0.1, 1.0], [0.0, 1.1]):
+        with pytest.raises(UserError, match="likelihood.t_quantiles must be two numbers"):
+            build("likelihood", {"name": "elbo", "t_quantiles": bad})
+
+
+def test_step_kl_is_half_the_squared_gap_of_the_predictions():
+    schedule, data = SCHEDULES["flow"], batch()
+    policy, reference = Linear(schedule, 0.5), Linear(schedule, 0.5)
+    same = build("likelihood", {"name": "elbo"})(policy, reference, data)
+    assert same.kl is not None and (same.kl == 0).all()
+
+    class Shifted(Linear):
+        def __call__(self, xt: Tensor, t: Tensor, cond: Any) -> Tensor:
+            return super().__call__(xt, t, cond) + 0.3
+
+    moved = build("likelihood", {"name": "elbo"})(policy, Shifted(schedule, 0.5), data)
+    torch.testing.assert_close(moved.kl, torch.full_like(moved.kl, 0.5 * 0.3**2))
+
+
 def test_schedules_are_the_expected_kinds():
     assert isinstance(SCHEDULES["vp"], VariancePreserving)
