@@ -22,7 +22,7 @@ class Elbo:
         noisier, it biases the learned shift toward zero (errors in variables; tests/test_gaussian_world.py).
     t_distribution: `native` is the family's training distribution (uniform for VP, shifted logit-normal for rectified
         flow), `uniform` is uniform in t. One t per prompt, shared by its candidates.
-    t_quantiles: the part of that distribution that is drawn from: (0, 1) is all of it, (0.5, 1) the noisier half. On the
+    t_quantiles: the part of that distribution that is drawn from: (0, 1) is all, (0.5, 1) the noisier half. On the
         embedded models a part was no better than all (METHODS.md).
     weighting: `constant` (the released codes), `elbo`, `min-snr` (arXiv 2303.09556), or `tilt`, the weight under which
         one KL-tilted density is optimal at every t (reference world N(0, I), linear reward).
