@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-import diffalign
+from diffalign import api
 
 SMALL = {
     "generate": {"prompts": "sprites:train:8:two", "images_per_prompt": 3},
@@ -26,7 +26,7 @@ SMALL = {
 
 @pytest.mark.parametrize("model", ["sprites-sdxl", "sprites-sd3"])
 def test_the_whole_loop(model, tmp_path):
-    result = diffalign.demo(model=model, out=str(tmp_path / "demo"), quiet=True, **SMALL)
+    result = api.demo(model=model, out=str(tmp_path / "demo"), quiet=True, **SMALL)
     assert result.report.is_file()
     results = json.loads((result.report.parent / "results.json").read_text())
     assert results["headline"]
@@ -34,7 +34,7 @@ def test_the_whole_loop(model, tmp_path):
     assert row.win is not None and row.win.low <= row.win.rate <= row.win.high
     losses = (tmp_path / "demo" / "train" / "metrics.jsonl").read_text()
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "demo").rglob("*.png")}
-    again = diffalign.demo(model=model, out=str(tmp_path / "demo"), quiet=True, **SMALL)
+    again = api.demo(model=model, out=str(tmp_path / "demo"), quiet=True, **SMALL)
     assert again.comparison == result.comparison
     assert (tmp_path / "demo" / "train" / "metrics.jsonl").read_text() == losses
     assert all(path.stat().st_mtime_ns == made[path] for path in made if "images" in path.parts)
