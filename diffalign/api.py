@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from diffalign.recipes.stages import StagesResult
     from diffalign.recipes.sweep import SweepResult
     from diffalign.recipes.train import TrainResult
+    from diffalign.recipes.train_scorer import ScorerResult
 
 __all__ = [
     "build",
@@ -38,6 +39,7 @@ __all__ = [
     "stages",
     "sweep",
     "train",
+    "train_scorer",
 ]
 
 Section = Mapping[str, Any]
@@ -91,6 +93,13 @@ def train(
     from diffalign.recipes.train import train as recipe
 
     return recipe(configure(configs=configs, **sections), callbacks, quiet)
+
+
+def train_scorer(*, configs: Sequence[str | Section] = (), quiet: bool = False, **sections: Section) -> ScorerResult:
+    """Trains a CLIP-type scorer on preferences (section `train_scorer`), or goes on where the same config stopped."""
+    from diffalign.recipes.train_scorer import train_scorer as recipe
+
+    return recipe(configure(configs=configs, **sections), quiet)
 
 
 def stages(

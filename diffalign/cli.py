@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffalign import __version__
-from diffalign.errors import UserError
+from diffalign.errors import UserError, WaitsForVotes
 
 if TYPE_CHECKING:
     from diffalign.evaluation import Comparison
@@ -25,6 +25,7 @@ VERBS = {
     "label": "scores to preference records",
     "filter": "drop the pairs whose training would displace their own winners (CHES)",
     "train": "fine-tune on preferences; the same command resumes",
+    "train-scorer": "train a CLIP-type scorer on preferences, on pictures or on noisy previews; resumes",
     "stages": "train in stages: curriculum, reference refresh, momentum; the same command resumes",
     "evaluate": "base and adapters on the same prompts and seeds: win rates, grid, report",
     "sweep": "several settings of one run, trained and judged alike: Pareto front or curve; the same command resumes",
@@ -82,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"diffalign {arguments.verb}: {error}", file=sys.stderr)
         return 2
+    except WaitsForVotes as wait:
+        print(f"diffalign {arguments.verb}: {wait}", file=sys.stderr)
     except KeyboardInterrupt:
         print(f"diffalign {arguments.verb}: interrupted; the same command resumes", file=sys.stderr)
         return 1
@@ -127,7 +130,7 @@ def _run(arguments: argparse.Namespace) -> None:
         print(check(resolve(tokens))["text"])
         return
     options = {} if verb == "export" else {"quiet": arguments.quiet}
-    result = getattr(api, verb)(configs=tokens, **options)
+    result = getattr(api, verb.replace("-", "_"))(configs=tokens, **options)
     _show(verb, result)
 
 
@@ -153,6 +156,10 @@ def _show(verb: str, result: Any) -> None:
             )
             difference = result.check["image_mean_difference"]
             print(f"self-check: export covers {covered}, a fixed-seed picture changed by {difference:.2f} of 255")
+    elif verb == "train-scorer":
+        found = {name: value for name, value in result.holdout.items() if value is not None}
+        values = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
+        print(f"trained {result.steps} steps; scorer in {result.folder / 'export'}{values and '; held out: '}{values}")
     elif verb == "stages":
         print(f"trained {len(result.rows)} stages; weights in {result.export}, summary in {result.folder}/stages.json")
     elif verb == "filter":

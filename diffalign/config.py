@@ -31,6 +31,7 @@ from diffalign.sections import (
     Stop,
     Sweep,
     Train,
+    TrainScorer,
 )
 from diffalign.types import UserError
 
@@ -47,6 +48,7 @@ class Config:
     reference: Any = None
     objective: Any = None
     train: Train = field(default_factory=Train)
+    train_scorer: TrainScorer = field(default_factory=TrainScorer)
     sampling: Sampling = field(default_factory=Sampling)
     generate: Generate = field(default_factory=Generate)
     score: Score = field(default_factory=Score)
@@ -93,8 +95,9 @@ TRAINING_SECTIONS = (*COMPONENTS, "train", "sampling", "stop", "log")
 def fingerprint(config: Mapping[str, Any]) -> str:
     """A short hash of a resolved config, without the keys that do not change what is computed."""
     kept = json.loads(json.dumps(config))
-    for section, key in (("train", "out"), ("train", "keep_checkpoints"), ("train", "checkpoint_every")):
-        kept.get(section, {}).pop(key, None)
+    for section in ("train", "train_scorer"):
+        for key in ("out", "keep_checkpoints", "checkpoint_every"):
+            kept.get(section, {}).pop(key, None)
     kept.pop("log", None)
     # what is not switched on changes nothing: runs from before a key existed go on
     default = json.loads(json.dumps(_plain(Stop())))

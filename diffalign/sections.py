@@ -50,6 +50,59 @@ class Train:
 
 
 @dataclass(frozen=True)
+class TrainScorer:
+    """Bradley-Terry training of a CLIP-type scorer on pairs; the defaults are those of SPO's step-aware model.
+
+    With `step_aware` the pictures compared are previews: both of a pair noised alike, and what the frozen `model`
+    section's network, guided by `cfg_scale`, takes for the clean picture.
+    """
+
+    data: dict[str, Any] = field(default_factory=dict)  # path, and name and fields as source.data; ties are kept
+    base: str | None = None  # a CLIP folder or hub id, or what this verb exported
+    processor: str | None = None  # where tokenizer and preprocessor_config.json are, if not in `base`
+    out: str | None = None  # run folder; runs/<names of the config files>-scorer where not given
+    step_aware: bool = False
+    cfg_scale: float = 5.0  # of the previews; 1 is off
+    resize: Literal["antialiased", "spo"] = "spo"  # of previews, for the tower
+    cache_dir: str = "cache"  # of the latents and text embeddings that previews are made of
+    labels: Literal["data", "scorer"] = "data"  # scorer: another scorer's verdict on the clean pictures
+    label_scorer: str | dict[str, Any] | None = None  # its name, or name and fields
+    label_scale: float = 1.0  # its scores times this are logits
+    tie_gap: float = 0.1  # probabilities of the two that differ by no more are a tie
+    prompt_weights: bool = True  # a pair counts 1 / (training pairs of its prompt), normalised over the batch
+    holdout: float = 0.05  # share of the prompts kept out of training for validation
+    steps: int = 8000  # optimizer steps
+    batch_size: int = 64  # pairs per optimizer step
+    micro_batch_size: int | None = None  # pairs per forward call; default: all
+    lr: float = 3e-6
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    warmup_steps: int = 500
+    optimizer: Literal["adamw", "adamw8bit", "adafactor"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.3
+    max_grad_norm: float | None = 1.0
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: int = 0
+    checkpoint_every: int = 250
+    keep_checkpoints: int = 2
+    validate_every: int = 500  # steps between held-out accuracies; 0 is off
+    validate_pairs: int = 512  # held-out pairs used, at most
+    validate_timesteps: tuple[int, ...] = (0, 251, 501, 701, 951)  # of previews, in the network's time
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise UserError(f"train_scorer.{name} must be at least 1 (got {getattr(self, name)})")
+        if self.micro_batch_size is not None and self.micro_batch_size < 1:
+            raise UserError(f"train_scorer.micro_batch_size must be at least 1 (got {self.micro_batch_size})")
+        if not 0 <= self.tie_gap < 1:
+            raise UserError(f"train_scorer.tie_gap is a difference of probabilities in [0, 1) (got {self.tie_gap})")
+        if (self.labels == "scorer") != (self.label_scorer is not None):
+            raise UserError("train_scorer.label_scorer and train_scorer.labels=scorer go together: give both or none")
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How images are made: shared by `generate`, by `evaluate` and by the sample grids of `train`."""
 
@@ -81,7 +134,7 @@ class Score:
     """Scorers over generated images."""
 
     images: str | None = None  # a folder that `generate` wrote
-    scorers: tuple[str, ...] = ("sprites_gold",)
+    scorers: tuple[str | dict[str, Any], ...] = ("sprites_gold",)  # names, or {name: ..., as: ..., its fields}
     out: str | None = None  # default: scores.jsonl in the images folder
 
 
@@ -157,7 +210,7 @@ class Evaluate:
     prompts: str | None = None
     adapters: tuple[str, ...] = ()  # exported LoRA folders; the base model comes first by itself
     names: tuple[str, ...] = ()  # default: the adapters' run folder names
-    scorers: tuple[str, ...] = ("sprites_gold",)
+    scorers: tuple[str | dict[str, Any], ...] = ("sprites_gold",)  # names, or {name: ..., as: ..., its fields}
     train_scorers: tuple[str, ...] = ()  # judges the labels came from: reported apart, never silently concluded from
     user: User = None  # of the adapters' pictures, as in `generate`; the base has no users
     user_data: str | None = None
@@ -200,10 +253,9 @@ class Stop:
     ] = "off"
     train_scorer: str | None = None  # the one whose rise the alarm distrusts: what the labels came from
     held_out_scorers: tuple[str, ...] = ()  # default: all others of `scorers`
-    window: int = 3  # samplings from whose first to whose last the alarm looks
 
     def __post_init__(self) -> None:
-        for name, least in (("patience", 0), ("min_delta", 0), ("seeds", 1), ("window", 2)):
+        for name, least in (("patience", 0), ("min_delta", 0), ("seeds", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"stop.{name} must be at least {least} (got {getattr(self, name)})")
         if self.metric is None:
@@ -277,6 +329,7 @@ class Log:
 
 SECTIONS = {
     "train": Train,
+    "train_scorer": TrainScorer,
     "sampling": Sampling,
     "generate": Generate,
     "score": Score,

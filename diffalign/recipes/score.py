@@ -74,20 +74,28 @@ def score_rows(rows: Sequence[dict[str, Any]], root: Path, scorers: dict[str, Sc
     return [{name: values[name][index] for name in scorers} for index in range(len(rows))]
 
 
-def build_scorers(names: Sequence[str]) -> dict[str, Scorer]:
-    """Scorers by name.
+def build_scorers(specs: Sequence[str | Mapping[str, Any]]) -> dict[str, Scorer]:
+    """Scorers by what they are called; a spec is a name, or {name: ..., as: ..., the scorer's fields}.
 
     Raises:
-        UserError: an unknown scorer, or none.
+        UserError: an unknown scorer or field, none, or two of one name.
     """
-    if not names:
+    if not specs:
         raise UserError("no scorers named: see `diffalign list scorers`")
-    return {scorer_key(name): build("scorer", {"name": name}) for name in names}
+    built: dict[str, Scorer] = {}
+    for spec in specs:
+        fields = {"name": spec} if isinstance(spec, str) else {key: spec[key] for key in spec if key != "as"}
+        key = scorer_key(spec)
+        if key in built and not isinstance(spec, str):
+            raise UserError(f"two scorers are called {key!r}: give one another name with `as`")
+        built[key] = build("scorer", fields)
+    return built
 
 
-def scorer_key(name: str) -> str:
-    """What a scorer of that config name is called in files and metrics."""
-    return name.replace("-", "_")
+def scorer_key(spec: str | Mapping[str, Any]) -> str:
+    """What a scorer of that config name, or mapping (`as`, else `name`), is called in files and metrics."""
+    name = spec if isinstance(spec, str) else spec.get("as", spec.get("name", ""))
+    return str(name).replace("-", "_")
 
 
 def score(config: Config, quiet: bool = False) -> Path:
