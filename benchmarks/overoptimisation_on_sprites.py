@@ -6,7 +6,8 @@ Pairs are labelled by `sprites_proxy`, which likes saturated colour as much as f
 the same held-out prompts with the same noise as it goes and scores them with both judges; the alarm is on, and only
 warns. Two claims are tested. An SFT term curbs over-optimisation (arXiv 2405.16436): contradicted where the gold score
 falls as far from its peak with it as without. Falling diversity flags over-optimisation early (after 2410.11677):
-contradicted where the alarm rings after the gold score's peak by more than the alarm's own window, or never.
+contradicted where the alarm rings after the gold score's peak by more than two samplings, or never. `--decide`
+trains nothing: it asks today's alarm about the samplings of runs that are there.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from diffalign.config import resolve
 from diffalign.distributed import World
 from diffalign.metrics import read_metrics
 from diffalign.recipes._run import environment
+from diffalign.recipes._stopping import decide
 from diffalign.recipes.generate import generate
 from diffalign.recipes.label import label
 from diffalign.recipes.score import score
@@ -29,7 +31,6 @@ from diffalign.recipes.train import train
 from diffalign.sprites.scene import prompts
 
 GOLD, PROXY = SCORERS = ("sprites_gold", "sprites_proxy")
-WINDOW = 3
 
 
 def pair(beta: float) -> dict[str, Any]:
@@ -82,14 +83,21 @@ def curve(name: str, seed: int, pairs: Path, arguments: argparse.Namespace) -> d
             "seeds": 2,
             "alarm": "warn",
             "train_scorer": PROXY,
-            "window": WINDOW,
         },
         "log": {"trackers": [], "every": 10},
     }
-    train(resolve([arguments.model, "diffusion-dpo", fixed]), quiet=True)
+    config = resolve([arguments.model, "diffusion-dpo", fixed])
+    if not arguments.decide:
+        train(config, quiet=True)
     rows = [row for row in read_metrics(out) if f"samples/{GOLD}" in row]
-    kept = ("step", f"samples/{GOLD}", f"samples/{PROXY}", "samples/diversity", "alarm")
-    return {"name": name, "seed": seed, "rows": [{key: row.get(key) for key in kept} for row in rows]}
+    kept = [f"samples/{name}{end}" for name in (GOLD, PROXY, "diversity") for end in ("", "_se")]
+    alarms = [bool(decide(rows[: k + 1], config.stop).alarm) for k in range(len(rows))]
+    told = [{"step": row["step"]} | {key: row.get(key) for key in kept} for row in rows]
+    return {
+        "name": name,
+        "seed": seed,
+        "rows": [row | {"alarm": alarm} for row, alarm in zip(told, alarms, strict=True)],
+    }
 
 
 def summary(run: dict[str, Any]) -> str:
@@ -117,11 +125,12 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=500)
     parser.add_argument("--data", type=Path, default=Path("runs/overoptimisation/data"))
     parser.add_argument("--out", type=Path, default=Path("runs/overoptimisation"))
+    parser.add_argument("--decide", action="store_true", help="ask the alarm about finished runs, train nothing")
     parser.add_argument("--results", type=Path, help="default: benchmarks/results/overoptimisation-<model>.json")
     arguments = parser.parse_args()
     name = f"overoptimisation-{arguments.model}.json"
     results = arguments.results or Path(__file__).parent / "results" / name
-    pairs = pairs_of(arguments.model, arguments.data, arguments.prompts)
+    pairs = Path() if arguments.decide else pairs_of(arguments.model, arguments.data, arguments.prompts)
     runs: list[dict[str, Any]] = []
     print("| run | seed | gold, first | gold peak | gold, last | proxy, first | last | diversity | last | alarm |")
     for seed, named in itertools.product(range(arguments.seeds), RUNS):

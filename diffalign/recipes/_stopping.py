@@ -77,33 +77,38 @@ def _best(rows: Sequence[Row], stop: Stop) -> tuple[float, int, int]:
 def overoptimised(rows: Sequence[Row], stop: Stop) -> str:
     """Why the alarm rings at the last row, empty where it does not (after arXiv 2410.11677).
 
-    Over the last `window` samplings the training scorer's mean rose while every held-out scorer, or the diversity, fell
-    by more than its standard error (the larger of the window's two ends). Noise is the same at every sampling, so the
-    error is that of other prompts, not of other noises.
+    Every held-out scorer's mean, or the diversity, is below its own best sampling by more than two standard errors,
+    while the training scorer's is not below its first by more than one (the larger of the two samplings' each time):
+    what was trained for looks as good as when it began, and what was not does not. Noise is the same at every
+    sampling, so the error is that of other prompts, not of other noises.
     """
     if stop.alarm == "off" or stop.train_scorer is None:
         return ""
     train, scorers = scorer_key(stop.train_scorer), list(map(scorer_key, stop.scorers))
     held_out = list(map(scorer_key, stop.held_out_scorers)) or [name for name in scorers if name != train]
-    samplings = [row for row in rows if f"samples/{train}" in row][-stop.window :]
-    if len(samplings) < stop.window or samplings[-1] is not rows[-1]:
+    samplings = [row for row in rows if f"samples/{train}" in row]
+    if len(samplings) < 2 or samplings[-1] is not rows[-1]:
         return ""
-    ends = samplings[0], samplings[-1]
+    first, now = samplings[0], samplings[-1]
 
-    def values(name: str) -> list[float]:  # a null compares as false
-        return [math.nan if (value := row.get(f"samples/{name}")) is None else value for row in ends]
+    def value(row: Row, name: str) -> float:  # a null compares as false
+        found = row.get(f"samples/{name}")
+        return math.nan if found is None else float(found)
 
-    def fell(name: str) -> bool:
-        (before, after), errors = values(name), values(f"{name}_se")
-        return before - after > max(errors) if not any(map(math.isnan, errors)) else False
+    def fell(name: str, before: Row, errors: float) -> bool:
+        ends = [value(row, f"{name}_se") for row in (before, now)]
+        return not any(map(math.isnan, ends)) and value(before, name) - value(now, name) > errors * max(ends)
 
-    before, after = values(train)
-    fallen = held_out if held_out and all(map(fell, held_out)) else []
-    fallen = [*fallen, "diversity"] if fell("diversity") else fallen
-    if not after > before or not fallen:
+    def best(name: str) -> Row:
+        return max(samplings, key=lambda row: -math.inf if math.isnan(value(row, name)) else value(row, name))
+
+    fallen = [name for name in held_out if fell(name, best(name), 2)]
+    fallen = fallen if len(fallen) == len(held_out) else []
+    fallen += ["diversity"] if fell("diversity", best("diversity"), 2) else []
+    if not fallen or fell(train, first, 1):
         return ""
-    told = ["{} {:.4g} to {:.4g}".format(name, *values(name)) for name in (train, *fallen)]
-    return f"{told[0]} while {', '.join(told[1:])} since step {ends[0]['step'] + 1}"
+    told = [f"{name} {value(best(name), name):.4g} to {value(now, name):.4g}" for name in fallen]
+    return f"{train} {value(first, train):.4g} to {value(now, train):.4g} while {', '.join(told)} since its best"
 
 
 class Watch:

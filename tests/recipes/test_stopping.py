@@ -71,7 +71,6 @@ ALARM = {
     "stop__metric": f"samples/{PEAKING}",
     "stop__alarm": "rollback",
     "stop__train_scorer": RISING,
-    "stop__window": 3,
 }
 
 
@@ -173,10 +172,11 @@ def samplings(train_scores, held_out=None, second=None, diversity=None, se=0.1) 
         (samplings([1, 2, 3], [3, 2, 1]), False),  # one of two held-out scorers stands
         (samplings([1, 2, 3], diversity=[3, 3, 1]), True),  # the diversity alone is enough
         (samplings([3, 2, 1], [3, 2, 1], [3, 2, 1], [3, 2, 1]), False),  # all fall: not what the alarm is for
-        (samplings([1, 2, 1], [3, 2, 1], [3, 2, 1]), False),
-        (samplings([1, 2], [3, 1], [3, 1]), False),  # a window is not full
-        (samplings([9, 1, 2, 3], [1, 3, 2, 1], [1, 3, 2, 1]), True),  # only the window counts
-        (samplings([1, 2, 3], [1.15, 1, 1.05], [1.15, 1, 1.05]), False),  # within a standard error
+        (samplings([1, 2, 0.95], [3, 2, 1], [3, 2, 1]), True),  # within a standard error of where it began
+        (samplings([1, 2, 0.85], [3, 2, 1], [3, 2, 1]), False),  # below
+        (samplings([1], [3], [3]), False),
+        (samplings([1, 2, 3, 4], [1, 3, 2.5, 2.7], [3, 1, 1, 1]), True),  # each from its own best
+        (samplings([1, 2, 3], [1.15, 1, 0.96], [1.15, 1, 0.96]), False),  # within two standard errors
         (samplings([1, 2, 3], [3, 2, 1], [3, 2, 1], se=None), False),
         (samplings([1, 2, 3], [3, 2, None], [3, 2, 1]), False),
         (samplings([1, 2, 3], [3, 2, 1], [3, 2, 1]) + [{"step": 3, "holdout/margin": 1.0}], False),  # rang before
@@ -304,19 +304,19 @@ def test_validations_stop_runs_too_and_are_logged_whatever_the_lines(folder):
 
 
 def test_the_alarm_rings_and_rolls_back(folder, capsys):
-    """Rising rises from the start; Peaking, the held-out one, has fallen over samplings 2 to 4."""
+    """Rising rises from the start; Peaking, the held-out one, peaks at sampling 2."""
     result = go(folder, "alarm", **ALARM)
     run = folder / "alarm"
-    assert result.steps == 4 and result.check["exported_step"] == 2
-    assert [row["alarm"] for row in read_metrics(run)] == [0, 0, 0, 1]
-    said = [line for line in capsys.readouterr().err.splitlines() if "alarm after step 4" in line]
+    assert result.steps == 3 and result.check["exported_step"] == 2
+    assert [row["alarm"] for row in read_metrics(run)] == [0, 0, 1]
+    said = [line for line in capsys.readouterr().err.splitlines() if "alarm after step 3" in line]
     assert len(said) == 1 and "Rising" in said[0] and "Peaking" in said[0]
     told = json.loads((run / "alarm.json").read_text())
-    assert told["step"] == 4 and told["action"] == "rollback" and told["best_step"] == 2
+    assert told["step"] == 3 and told["action"] == "rollback" and told["best_step"] == 2
     assert_exports(run, run / "checkpoints/best-00000002")
     shutil.rmtree(run / "export")
     (run / "export_check.json").unlink()
-    assert go(folder, "alarm", **ALARM).steps == 4  # killed before its export: decides again, from the file
+    assert go(folder, "alarm", **ALARM).steps == 3  # killed before its export: decides again, from the file
     assert_exports(run, run / "checkpoints/best-00000002")
 
 
@@ -324,8 +324,8 @@ def test_the_alarm_only_warns_where_it_is_told_to(folder, capsys):
     result = go(folder, "warned", **{**ALARM, "stop__alarm": "warn", "train__steps": 5})
     assert result.steps == 5 and "exported_step" not in result.check
     assert_exports(folder / "warned", folder / "warned/checkpoints/step-00000005")
-    assert [row["alarm"] for row in read_metrics(folder / "warned")] == [0, 0, 0, 1, 1]
-    assert capsys.readouterr().err.count("alarm after step") == 2
+    assert [row["alarm"] for row in read_metrics(folder / "warned")] == [0, 0, 1, 1, 1]
+    assert capsys.readouterr().err.count("alarm after step") == 3
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,6 @@ def test_the_alarm_only_warns_where_it_is_told_to(folder, capsys):
         ({"stop__patience": 3}, "stop.patience needs stop.metric"),
         ({"stop__restore_best": "true"}, "stop.restore_best needs stop.metric"),
         ({"stop__patience": -1}, "stop.patience must be at least 0"),
-        ({"stop__window": 1}, "stop.window must be at least 2"),
         ({"stop__metric": "loss"}, "stop.metric must be holdout/"),
         ({"stop__metric": "holdout/margn"}, "Did you mean 'margin'"),
         ({"stop__metric": "holdout/margin", "train__validate_every": 0}, "set train.validate_every"),
