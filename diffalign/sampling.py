@@ -55,10 +55,12 @@ def predict(
     cond: Mapping[str, Tensor],
     uncond: Mapping[str, Tensor] | None,
     cfg_scale: float,
+    detach_uncond: bool = False,
 ) -> Tensor:
     """The prediction with classifier-free guidance (arXiv 2207.12598), uncond + scale * (cond - uncond): [N, C, H, W].
 
     Both branches go through the network in one call of 2N rows, uncond first; scale 1 or no `uncond` takes one of N.
+    `detach_uncond` stops the gradient through the unconditional branch.
 
     Raises:
         UserError: cond and uncond differ in their keys.
@@ -69,6 +71,8 @@ def predict(
         raise UserError(f"cond has the keys {sorted(cond)}, uncond has {sorted(uncond)}: encode both the same way")
     both = {key: torch.cat([uncond[key], cond[key]]) for key in cond}
     pred_uncond, pred_cond = denoiser(torch.cat([xt, xt]), torch.cat([t, t]), both).chunk(2)
+    if detach_uncond:
+        pred_uncond = pred_uncond.detach()
     return pred_uncond + cfg_scale * (pred_cond - pred_uncond)
 
 
@@ -104,6 +108,33 @@ def _plan(schedule: Schedule, sampler: str, num_steps: int, eta: float) -> _Plan
     return _Plan(schedule, steps, 0.0, scale)
 
 
+def grid(schedule: Schedule, sampler: str, num_steps: int, eta: float) -> list[tuple[float, float]]:
+    """The (t, s) of every step that `sample` takes, from noise to data.
+
+    Raises:
+        UserError: the sampler, eta or num_steps do not fit the schedule.
+    """
+    return _plan(schedule, sampler, num_steps, eta).steps
+
+
+def stochastic_steps(
+    schedule: Schedule, sampler: str, num_steps: int, eta: float, noisy_steps: range | None = None
+) -> list[int]:
+    """The indices of the steps of `sample` that add noise; the last one of DDIM often has none to add.
+
+    Raises:
+        UserError: the sampler, eta or num_steps do not fit the schedule.
+    """
+    plan, found = _plan(schedule, sampler, num_steps, eta), []
+    zero = torch.zeros(1, 1, 1, 1)
+    for index, (t, s) in enumerate(plan.steps):
+        if noisy_steps is None or index in noisy_steps:
+            _, std = plan.schedule.reverse_step(zero, zero, torch.tensor([t]), torch.tensor([s]), plan.eta)
+            if bool(std > 0):
+                found.append(index)
+    return found
+
+
 @torch.no_grad()
 def sample(
     denoiser: Denoiser,
@@ -117,12 +148,16 @@ def sample(
     eta: float = 0.0,
     step_noise: Callable[[int], Tensor] | None = None,
     on_step: Callable[[SamplerStep], None] | None = None,
+    round_to: torch.dtype | None = None,
+    noisy_steps: range | None = None,
 ) -> Tensor:
     """Draws x0 [N, C, H, W] from standard normal `noise` of that shape, in its dtype, float32 at least.
 
     `sampler` is one of SAMPLERS; "default" is ddim, or flow-euler for rectified flow. `step_noise(index)` gives the
     standard normal noise [N, C, H, W] of a stochastic step, so that the caller addresses it. `on_step` sees every step,
-    for recording and for progress; nothing is kept otherwise.
+    for recording and for progress; nothing is kept otherwise. `round_to` rounds every x_t to that dtype as it is drawn,
+    so that what is stored in it is what was sampled. `noisy_steps` are the steps that add noise, by index; the others
+    have eta 0 (default: all).
 
     Raises:
         UserError: the sampler, eta or num_steps do not fit the schedule, or a stochastic sampler has no step_noise.
@@ -131,15 +166,21 @@ def sample(
     if plan.eta > 0 and step_noise is None:
         raise UserError(f"sampler={sampler!r} with eta={plan.eta} is stochastic: pass step_noise")
     dtype = torch.promote_types(noise.dtype, torch.float32)
-    xt = noise.to(dtype) * plan.first_scale
+
+    def rounded(x: Tensor) -> Tensor:
+        return x if round_to is None else x.to(round_to).to(dtype)
+
+    xt = rounded(noise.to(dtype) * plan.first_scale)
     for index, (t, s) in enumerate(plan.steps):
         t_rows, s_rows = (torch.full((len(xt),), end, dtype=dtype, device=xt.device) for end in (t, s))
         pred = predict(denoiser, xt, t_rows, cond, uncond, cfg_scale).to(dtype)
-        mean, std = plan.schedule.reverse_step(pred, xt, t_rows, s_rows, plan.eta)
+        eta = plan.eta if noisy_steps is None or index in noisy_steps else 0.0
+        mean, std = plan.schedule.reverse_step(pred, xt, t_rows, s_rows, eta)
         x_prev = mean
-        if plan.eta > 0:
+        if eta > 0:
             assert step_noise is not None
             x_prev = mean + std * step_noise(index).to(xt)
+        x_prev = rounded(x_prev)
         if on_step is not None:
             pred_x0 = plan.schedule.to_x0(pred, xt, t_rows)
             on_step(SamplerStep(index, len(plan.steps), t, s, xt, pred_x0, x_prev, mean, std))

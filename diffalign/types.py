@@ -7,14 +7,18 @@ Shape letters everywhere: B prompts, K candidates per prompt, C H W latent axes,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from diffalign._batches import EndpointBatch as EndpointBatch
+from diffalign._batches import StepBatch as StepBatch
+from diffalign._batches import fold as fold
 from diffalign.errors import UserError as UserError  # here for all who need types anyway
 
 
@@ -40,52 +44,6 @@ class Record:
     def caption(self, k: int) -> str:
         """The caption of candidate `k`: its own where the record has one, else the prompt."""
         return self.captions[k] if self.captions else self.prompt
-
-
-@dataclass(frozen=True)
-class EndpointBatch:
-    """Finished images; the likelihood draws the noise level.
-
-    `visits` counts how often each record was drawn before: with `ids` it addresses all randomness of the draw, which
-    therefore depends neither on batch size nor on world size nor on where a run resumed.
-    """
-
-    ids: Int64[Tensor, " B"]
-    visits: Int64[Tensor, " B"]
-    x0: Float[Tensor, "B K C H W"]
-    cond: Mapping[str, Tensor]  # opaque to all but the model family, [B, K, ...]: a caption per candidate is normal
-    utility: Float[Tensor, "B K"]
-    mask: Bool[Tensor, "B K"]
-    scores: Mapping[str, Float[Tensor, "B K"]] = field(default_factory=dict)  # the data's scorer columns
-    region: Float[Tensor, "B K H W"] | None = None  # the data's masks at latent resolution, in [0, 1]
-
-    def to(self, device: torch.device | str) -> EndpointBatch:
-        """The same batch on `device`."""
-        return replace(
-            self,
-            **{name: getattr(self, name).to(device) for name in ("ids", "visits", "x0", "utility", "mask")},
-            cond={key: value.to(device) for key, value in self.cond.items()},
-            scores={key: value.to(device) for key, value in self.scores.items()},
-            region=None if self.region is None else self.region.to(device),
-        )
-
-    def __getitem__(self, rows: slice) -> EndpointBatch:
-        """A slice of the prompts: micro-batches are slices of one global batch."""
-        return replace(
-            self,
-            **{name: getattr(self, name)[rows] for name in ("ids", "visits", "x0", "utility", "mask")},
-            cond={key: value[rows] for key, value in self.cond.items()},
-            scores={key: value[rows] for key, value in self.scores.items()},
-            region=None if self.region is None else self.region[rows],
-        )
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
-def fold(x: Tensor) -> Tensor:
-    """[B, K, ...] to [N, ...], so that all candidates go through the network in one call."""
-    return x.flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -130,6 +88,7 @@ class Likelihoods:
     maps: Maps | None = None  # by latent pixel, of one draw; where likelihood.maps asks for them
     # of one draw, where likelihood.overlap asks: mean product of two candidates' residuals pred - target; no gradient
     overlap: Float[Tensor, "B K K"] | None = None
+    logp_old: Float[Tensor, "B K"] | None = None  # under the weights that drew the recorded steps
 
     def each_draw(self) -> Sequence[Likelihoods]:
         """The independent draws that these are the mean of; itself where there is but one."""
@@ -151,7 +110,7 @@ class Likelihoods:
         def of(values: Any) -> Any:
             return None if values is None else values[:, columns]
 
-        changed = {name: of(getattr(self, name)) for name in ("logp", "logp_ref", "utility", "mask", "kl")}
+        changed = {name: of(getattr(self, name)) for name in ("logp", "logp_ref", "logp_old", "utility", "mask", "kl")}
         maps = None if self.maps is None else Maps(*(of(values) for values in vars(self.maps).values()))
         return replace(
             self,
@@ -224,6 +183,20 @@ class Likelihoods:
         return self.logp_ref
 
     @property
+    def old_logp(self) -> Float[Tensor, "B K"]:
+        """logp_old.
+
+        Raises:
+            UserError: the likelihood is not of recorded steps.
+        """
+        if self.logp_old is None:
+            raise UserError(
+                "this objective compares with the weights that drew the steps: set likelihood.name=step and a source"
+                " that records them (source.name=rollout)"
+            )
+        return self.logp_old
+
+    @property
     def step_kl(self) -> Float[Tensor, "B K"]:
         """KL between policy's and reference's denoising step, 1/2 w mean (pred - pred_ref)^2: equal variances, so
         forward and reverse agree.
@@ -272,6 +245,7 @@ class Schedule(Protocol):
     def sample_t(self, u: Tensor, distribution: str) -> Tensor: ...
     def network_time(self, t: Tensor) -> Tensor: ...
     def weight(self, t: Tensor, name: str) -> Tensor: ...
+    def reverse_step(self, pred: Tensor, xt: Tensor, t: Tensor, s: Tensor, eta: float) -> tuple[Tensor, Tensor]: ...
 
 
 @runtime_checkable
@@ -308,6 +282,8 @@ class Setting:
     rank: int = 0
     size: int = 1
     barrier: Callable[[], None] = lambda: None
+    folder: Path = Path("runs")  # of the run: what a source makes while it trains goes below
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext  # the run's precision, for sampling
 
     @property
     def rows(self) -> range:
@@ -317,8 +293,14 @@ class Setting:
 
 
 class Batches(Protocol):
-    """A source made ready. `batch(step)` is this process's share of the step's global batch, the same on every call."""
+    """A source made ready. `batch(step)` is this process's share of the step's global batch, the same on every call.
 
+    A source that samples with the policy cannot draw every step's batch beforehand: where `is_ready(step)` is false,
+    every process calls `refresh(step)` first, between two optimizer steps; it returns numbers for the log.
+    """
+
+    def is_ready(self, step: int) -> bool: ...
+    def refresh(self, step: int) -> Mapping[str, float]: ...
     def batch(self, step: int) -> Any: ...
     def holdout(self, num_prompts: int, batch_size: int) -> Iterator[Any]: ...
     def facts(self) -> Mapping[str, Any]: ...
@@ -328,12 +310,16 @@ class Source(Protocol):
     """Who is compared with whom."""
 
     gives: ClassVar[frozenset[str]]
+    makes: str  # "images" or "steps": what likelihoods may take
+    encoders: str  # what of the encoders stays on the device in training: "done" (none), "decoder", "needed" (all)
 
-    def prepare(self, policy: Any, setting: Setting) -> Batches: ...
+    def prepare(self, policy: Any, reference: Reference, setting: Setting) -> Batches: ...
 
 
 class Likelihood(Protocol):
     """Draws t and noise, runs policy and reference once each on the same inputs."""
+
+    takes: str  # "images" or "steps"
 
     def __call__(self, policy: Denoiser, reference: Reference, batch: Any) -> Likelihoods: ...
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -33,6 +33,8 @@ class Elbo:
     overlap: keep how alike the candidates' residuals are, for the safeguarded pair; costs no forward.
     seed: with the batch's ids and visits it addresses every draw.
     """
+
+    takes: ClassVar[str] = "images"
 
     shared_noise: bool = True
     t_distribution: Literal["native", "uniform"] = "native"
@@ -151,7 +153,7 @@ def _likelihoods(
     def made(values: Mapping[str, Tensor], t: Tensor, **more: Any) -> Likelihoods:
         logp, logp_ref, kl = (values.get(name) for name in ("logp", "logp_ref", "kl"))
         assert logp is not None
-        return Likelihoods(logp, logp_ref, batch.utility, batch.mask, t, kl, batch.scores, **more)
+        return Likelihoods(logp, logp_ref, batch.utility, batch.mask, t, kl=kl, scores=batch.scores, **more)
 
     each = [made({name: x[:, m] for name, x in by_draw.items()}, t[:, m], **more[m]) for m in range(t.shape[1])]
     if len(each) == 1:

@@ -59,10 +59,15 @@ class Pair:
         dimensions for a 1000-step VP schedule (beta 5000 on 4 x 64 x 64 is 0.038 per nat), 1 under reduction=sum.
     kl_correction: alpha of TDPO2 (arXiv 2404.11999): margin + alpha beta (stop-grad kl_w - kl_l), kl the step KL to the
         reference. 0 is DPO.
+    ratio_clip: eps in (0, 1): each image's ratio to the reference is held in [1 - eps, 1 + eps], and an image outside,
+        on either side, gets no gradient at all. D3PO (arXiv 2311.13231) and SPO (2406.04314) have 0.1, with beta 0.1
+        and 10, on the mean log-density of a recorded step (likelihood.name=step). Watch the metric `clip_fraction`,
+        the share of the two images outside: the loss itself moves by at most beta log((1 + eps) / (1 - eps)).
 
     Differs from the papers/codes: a tie that the data keeps is a label of 1/2 (loss symmetric in the two images), where
-    the Salesforce script drops ties and the diffusers script lets jpg_0 win. TDPO1 (nothing detached) is left out: its
-    margin is linear in the prediction, so nothing bounds it.
+    the Salesforce script drops ties and the diffusers script lets jpg_0 win. D3PO's code gives a tie ln 2 and no
+    gradient: mask tied pairs (their loss is then 0). TDPO1 (nothing detached) is left out: its margin is linear in the
+    prediction, so nothing bounds it.
     """
 
     beta: float = 5000.0
@@ -80,6 +85,7 @@ class Pair:
     alpha: float = 0.5
     nats: float = 1.0
     kl_correction: float = 0.0
+    ratio_clip: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("beta", "nats", "beta_loser", "temperature", "sensitivity"):
@@ -102,6 +108,10 @@ class Pair:
             raise UserError(f"objective.alpha must lie in (0, 1] (got {self.alpha})")
         if not 0 <= self.kl_correction <= 1:
             raise UserError(f"objective.kl_correction must lie in [0, 1] (got {self.kl_correction})")
+        if self.ratio_clip is not None and not 0 < self.ratio_clip < 1:
+            raise UserError(f"objective.ratio_clip must lie in (0, 1) (got {self.ratio_clip})")
+        if self.ratio_clip is not None and self.reference_strength != 1:
+            raise UserError("objective.ratio_clip bounds the ratio to the reference: leave reference_strength at 1")
         if not 0 <= sum(self.score_weights.values()) < 1:
             raise UserError("objective.score_weights must add to less than 1: the rest is the preference's own weight")
 
@@ -128,13 +138,21 @@ class Pair:
                 loss = loss + self.poly * (for_winner * torch.sigmoid(-margin) + for_loser * torch.sigmoid(margin))
         accuracy = 0.5 * (torch.sign(reward_gap) + 1)  # an exact tie of the model counts 1/2
         nothing = torch.full_like(margin, float("nan"))
-        return LossOutput(
-            per_prompt=torch.where(valid, loss, torch.zeros_like(loss)),
-            metrics={
-                "margin": torch.where(valid, reward_gap, nothing).detach(),
-                "implicit_accuracy": torch.where(valid & ~tie, accuracy, nothing).detach(),
-            },
-        )
+        metrics = {
+            "margin": torch.where(valid, reward_gap, nothing).detach(),
+            "implicit_accuracy": torch.where(valid & ~tie, accuracy, nothing).detach(),
+        }
+        if self.ratio_clip is not None:
+            low, high = self._log_bounds
+            is_outside = (likelihoods.logratio < low) | (likelihoods.logratio > high)
+            metrics["clip_fraction"] = torch.where(valid, is_outside.to(margin.dtype).mean(dim=1), nothing)
+        return LossOutput(per_prompt=torch.where(valid, loss, torch.zeros_like(loss)), metrics=metrics)
+
+    @property
+    def _log_bounds(self) -> tuple[float, float]:
+        """The logarithms of 1 - eps and 1 + eps: clamping these is clamping the ratio, without its overflow."""
+        assert self.ratio_clip is not None
+        return math.log1p(-self.ratio_clip), math.log1p(self.ratio_clip)
 
     def _margin(self, likelihoods: Likelihoods) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
         """(reward_w - reward_l, what the link sees of it)."""
@@ -156,6 +174,8 @@ class Pair:
         logratio = likelihoods.logp
         if self.reference_strength == 1:
             logratio = likelihoods.logratio  # exactly 0 at the reference
+            if self.ratio_clip is not None:
+                logratio = logratio.clamp(*self._log_bounds)
         elif self.reference_strength:
             logratio = logratio - self.reference_strength * likelihoods.reference_logp
         if self.divergence == "reverse-kl":

@@ -55,6 +55,17 @@ VARIANTS |= {
         ],
     },
 }
+VARIANTS |= {
+    "pair ratio clip": {"name": "pair", "beta": 50, "ratio_clip": 0.1},
+    "pair ratio clip square": {"name": "pair", "beta": 0.5, "link": "square", "ratio_clip": 0.1},
+    "grpo leave-one-out": {"name": "grpo", "advantages": "leave-one-out", "max_advantage": None},
+    "grpo wide": {"name": "grpo", "clip": 0.2},
+    "nft of a fixed scale": {"name": "nft", "beta": 0.1, "scale": 0.3},
+    "nft of probabilities": {"name": "nft", "utility": "probability"},
+    "seppo indicator": {"name": "seppo", "beta": 50, "flip": "indicator"},
+    "seppo none": {"name": "seppo", "beta": 50, "flip": "none"},
+    "explore": {"name": "explore", "beta": 50},
+}
 VARIANTS |= {name: {"name": name} for name in names("objective") if name not in VARIANTS}
 
 
@@ -98,6 +109,14 @@ class OnOverlap(TwoDraws):
         return self.objective(replace(likelihoods, overlap=length[:, :, None] * length[:, None, :]))
 
 
+@dataclass(frozen=True)
+class OnAdvantages(TwoDraws):
+    """An objective that is shown advantages, of both signs, in place of utilities in [0, 1]."""
+
+    def __call__(self, likelihoods: Likelihoods) -> LossOutput:
+        return self.objective(replace(likelihoods, utility=2 * likelihoods.utility - 1))
+
+
 OBJECTIVES: dict[str, Any] = {name: build("objective", spec) for name, spec in VARIANTS.items()}
 for squared in ("pair square", "sppo"):
     OBJECTIVES[f"{squared} of two draws"] = TwoDraws(OBJECTIVES[squared])
@@ -105,18 +124,25 @@ for name in ("sparse_po", "sparse_po of data", "sparse_po tdpo1"):
     OBJECTIVES[name] = OnMaps(OBJECTIVES[name])
 for name in ("safeguarded_pair", "safeguarded_pair fully"):
     OBJECTIVES[name] = OnOverlap(OBJECTIVES[name])
+OBJECTIVES["grpo given"] = OnAdvantages(build("objective", {"name": "grpo", "advantages": "given"}))
 every = pytest.mark.parametrize("name", OBJECTIVES)
 
 # Past their target or optimum these push back, on purpose, or saturate to an exact 0: the sign law holds for them near
-# the reference only (sppo's target lies 1e-4 away).
+# the reference only (sppo's target lies 1e-4 away, grpo's clip 1e-4).
 KTO = {"kto", "kto class means", "kto of the batch"}
-NEAR = {"pair square", "pair square of two draws", "pair smooth", "pair soft", "pair hinge", "exo", "nca", "mapo"} | KTO
-SCALE = dict.fromkeys(NEAR, 1e-4) | {"nca": 2e-5, "sppo": 1e-6, "sppo of two draws": 1e-6}
+GRPO = {"grpo", "grpo leave-one-out", "grpo given"}
+CLIPPED = {"pair ratio clip", "pair ratio clip square"}
+NEAR = {"pair square", "pair square of two draws", "pair smooth", "pair soft", "pair hinge", "exo", "nca", "mapo"}
+NEAR |= KTO | CLIPPED | {"grpo wide"}
+SCALE = dict.fromkeys(NEAR, 1e-4) | {"nca": 2e-5, "sppo": 1e-6, "sppo of two draws": 1e-6} | dict.fromkeys(GRPO, 1e-6)
 # Pointwise by nature: one constant on both rewards changes them.
-POINTWISE = {"sum", "sft", "bco", "nca", "sppo", "sppo of two draws", "poft", "orpo", "asft", "mapo"} | KTO
+POINTWISE = {"sum", "sft", "bco", "nca", "sppo", "sppo of two draws", "poft", "orpo", "asft", "mapo"} | KTO | GRPO
+POINTWISE |= {"grpo wide", "seppo", "seppo indicator", "explore"}
 ONE_SIDED = {"sft", "poft", "safeguarded_pair fully"}  # they move the best only
+# They know no sides, or (seppo) take the worse image for another good one while the policy is behind its reference.
+SIDELESS = {"kl", "explore", "seppo"}
 # A reward that is no linear function of the log-ratio.
-NONLINEAR = {"pair forward kl", "pair js", "pair alpha"}
+NONLINEAR = {"pair forward kl", "pair js", "pair alpha"} | CLIPPED
 
 
 def random_likelihoods(
@@ -132,9 +158,12 @@ def random_likelihoods(
     noise = torch.randn(num, candidates, generator=generator, dtype=torch.float64)
     error = (error_ref + scale * noise).clamp(min=0)
     utility = torch.stack([torch.randperm(candidates, generator=generator) for _ in range(num)]).double()
+    old = torch.Generator().manual_seed(seed + 1)
+    moved = 0.1 * scale * torch.randn(num, candidates, generator=old, dtype=torch.float64)  # since the last round
     return Likelihoods(
         logp=(-0.5 * error).requires_grad_(),
         logp_ref=-0.5 * error_ref,
+        logp_old=-0.5 * error_ref + moved,
         utility=utility / (candidates - 1),
         mask=torch.ones(num, candidates, dtype=torch.bool),
         t=draw(num),
@@ -150,7 +179,7 @@ def drawn(name: str, seed: int, **changes: Any) -> Likelihoods:
 
 def of_candidates(likelihoods: Likelihoods, change: Callable[[torch.Tensor], torch.Tensor]) -> Likelihoods:
     """The same change of rows or columns to everything that has candidates."""
-    names_of = ("logp", "logp_ref", "utility", "mask", "kl")
+    names_of = ("logp", "logp_ref", "logp_old", "utility", "mask", "kl")
     changed = {name: change(getattr(likelihoods, name)) for name in names_of if getattr(likelihoods, name) is not None}
     return replace(likelihoods, **changed, scores={k: change(v) for k, v in likelihoods.scores.items()})
 
@@ -166,6 +195,7 @@ def at_reference(likelihoods: Likelihoods) -> Likelihoods:
     return replace(
         likelihoods,
         logp=likelihoods.logp_ref.clone().requires_grad_(),
+        logp_old=likelihoods.logp_ref,
         kl=torch.zeros_like(likelihoods.kl),
         baseline=Baseline(*torch.zeros(3, dtype=torch.float64)),
     )
@@ -196,6 +226,8 @@ def test_what_it_does_not_need_it_does_not_touch(name):
         bare = replace(bare, scores={})
     if "baseline" not in objective.needs:
         bare = replace(bare, baseline=None)
+    if "old" not in objective.needs:
+        bare = replace(bare, logp_old=None)
     torch.testing.assert_close(objective(bare).per_prompt, objective(likelihoods).per_prompt, rtol=0, atol=0)
 
 
@@ -252,7 +284,7 @@ def check_signs(objective: Objective, likelihoods: Likelihoods) -> None:  # L10
     assert (worst >= 0).all()
 
 
-@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "kl"])  # it knows no sides
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name not in SIDELESS])
 @given(seed=st.integers(0, 10_000))
 @settings(max_examples=12, deadline=None)
 def test_signs(name, seed):
@@ -304,6 +336,16 @@ AT_REFERENCE = {  # L11
     "sparse_po tdpo1": LN2,
     "poft": LN2,
     "kl": 0.0,
+    "pair ratio clip": LN2,
+    "pair ratio clip square": 0.25 / 0.5**2,
+    "grpo": 0.0,  # a ratio of 1 everywhere, and advantages add to 0
+    "grpo wide": 0.0,
+    "grpo leave-one-out": 0.0,
+    "grpo given": 0.0,
+    "seppo": LN2,
+    "seppo indicator": LN2,
+    "seppo none": LN2,
+    "explore": 0.5,
 }
 
 
@@ -412,7 +454,7 @@ MISTAKES: dict[str, Callable[[Likelihoods], Likelihoods]] = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name not in ONE_SIDED | {"kl"}])
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name not in ONE_SIDED | SIDELESS])
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_of_sign_are_caught_everywhere(name, mistake):
     with pytest.raises(AssertionError):
