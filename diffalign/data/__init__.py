@@ -12,8 +12,11 @@ from diffalign.data._encode import Encoder
 from diffalign.data._features import LATENTS, SAME, ClipFeatures, PairLooks, latent_features
 from diffalign.data._fly import OnTheFly
 from diffalign.data._gaps import column_of
+from diffalign.data._prompt_cond import PromptCond
+from diffalign.data._prompts import read_prompts
 from diffalign.data._reader import Reader, good_records, prompt_key
 from diffalign.data._report import BadRow, Report
+from diffalign.data._shard import DamagedFile, Shard, write_shard
 from diffalign.data._size import CacheSize, estimate_cache_bytes, images_per_record
 from diffalign.data._split import split_holdout
 from diffalign.data._users import users_of
@@ -26,12 +29,15 @@ __all__ = [
     "Cache",
     "CacheSize",
     "ClipFeatures",
+    "DamagedFile",
     "Encoder",
     "OnTheFly",
     "PairLooks",
+    "PromptCond",
     "Reader",
     "RecordWriter",
     "Report",
+    "Shard",
     "build_cache",
     "column_of",
     "estimate_cache_bytes",
@@ -39,6 +45,8 @@ __all__ = [
     "images_per_record",
     "latent_features",
     "prompt_key",
+    "read_prompts",
     "split_holdout",
     "users_of",
+    "write_shard",
 ]

@@ -36,16 +36,20 @@ def _hash(*parts: Any) -> str:
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
+def text_folder(cache_dir: Path, encoder: Encoder, dtype: str) -> Path:
+    """Where captions' embeddings lie, for all data sets and prompt lists with the same text encoders."""
+    return cache_dir / f"text-{_hash('text', encoder.fingerprint('text'), FORMAT, dtype)}"
+
+
 class _Folders:
     """The three keys and folders of one combination of data, encoder and settings."""
 
     def __init__(self, cache_dir: Path, reader: Any, encoder: Encoder, plan: Plan) -> None:
         settings = (FORMAT, _images.VERSION, CHUNK, plan.buckets, plan.flip, plan.dtype)
         self.latents_key = _hash("latents", encoder.fingerprint("vae"), reader.fingerprint(), *settings)
-        self.text_key = _hash("text", encoder.fingerprint("text"), FORMAT, plan.dtype)
-        self.key = _hash("set", self.latents_key, self.text_key)
+        self.text = text_folder(cache_dir, encoder, plan.dtype)
+        self.key = _hash("set", self.latents_key, self.text.name.removeprefix("text-"))
         self.latents = cache_dir / f"latents-{self.latents_key}"
-        self.text = cache_dir / f"text-{self.text_key}"
         self.set = cache_dir / f"set-{self.key}"
 
 

@@ -49,7 +49,7 @@ class Model:
         self.latent_channels: int = self.network.config.in_channels
         self.resolution: tuple[int, int] = self._resolution()
         self.dtype: torch.dtype = next(self.network.parameters()).dtype  # of the denoiser's base weights
-        self._has_offloaded = False
+        self._parked: list[nn.Module] = []  # in main memory between the calls that need them
         self._adapter_scale: dict[str, float] = {}  # of adapters loaded for generation
         self._prepare_training()
         self.denoiser = self.network
@@ -138,16 +138,19 @@ class Model:
             UserError: `model.attention` names a kernel that does not work there.
         """
         self.network.to(device)
-        if not self._has_offloaded:
-            for module in self._encoders():
+        for module in self._encoders():
+            if module not in self._parked:
                 module.to(device)
         set_attention(self.network, self.config.attention, self.device, DTYPES[self.config.dtype])
         return self
 
-    def offload_encoders(self) -> None:
-        """Parks text encoders and VAE in main memory; each comes back only for the calls that need it."""
-        self._has_offloaded = True
-        for module in self._encoders():
+    def offload_encoders(self, keep_vae: bool = False) -> None:
+        """Parks text encoders and VAE in main memory; each comes back only for the calls that need it.
+
+        `keep_vae` leaves the VAE where it is, for runs that decode all the time.
+        """
+        self._parked = [*self._text_encoders(), *([] if keep_vae else [self.pipeline.vae])]
+        for module in self._parked:
             module.to("cpu")
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -167,8 +170,8 @@ class Model:
         try:
             yield
         finally:
-            if self._has_offloaded:
-                for module in modules:
+            for module in modules:
+                if module in self._parked:
                     module.to("cpu")
 
     # The denoiser

@@ -16,6 +16,7 @@ FIXES = {
     "reference": "set reference.name=adapter_off (LoRA) or reference.name=frozen (full weights)",
     "pair": "it compares two images per prompt: use a source of pairs",
     "list": "it ranks several images per prompt: use a source of recorded preferences",
+    "old": "it compares with the weights that drew the steps: set likelihood.name=step and source.name=rollout",
     "overlap": "it compares the images' residuals: set likelihood.overlap=true",
     "maps": "it looks at single latent pixels: set likelihood.maps=true",
     "masks": "it reads masks of the data: set source.masks to their folder, or objective.mask=reference",
@@ -34,6 +35,13 @@ def check_needs(config: Config) -> None:
     for need in sorted(config.objective.needs - given):
         fix = FIXES.get(need, "see `diffalign list methods`")
         raise UserError(f"objective {config.names['objective']} needs {need!r}: {fix}")
+    makes, takes = config.source.makes, config.likelihood.takes
+    if makes != takes:
+        fix = "likelihood.name=step" if makes == "steps" else "likelihood.name=elbo, or a source that records steps"
+        raise UserError(
+            f"source {config.names['source']} makes {makes} and likelihood {config.names['likelihood']} takes {takes}:"
+            f" set {fix}"
+        )
     if config.names["reference"] == "adapter_off" and getattr(config.model, "trainable", "lora") == "full":
         raise UserError("model.trainable=full has no adapter to switch off: set reference.name=frozen")
 
@@ -88,6 +96,8 @@ def check_data(config: Config) -> None:
         UserError: nothing usable at the path, or records that the objective cannot learn from.
     """
     config.source.check()
+    if not hasattr(config.source, "reader"):
+        return  # it makes its own data
     objective, name = config.objective, config.names["objective"]
     sample = first_records(config.source.reader)
     if not sample:

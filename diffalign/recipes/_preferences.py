@@ -14,7 +14,14 @@ from diffalign.distributed import World
 from diffalign.types import EndpointBatch, Likelihoods, LossOutput
 
 # These are reported by noise level too: an average over t hides a method that works at one end only.
-BY_NOISE_LEVEL = ("margin", "implicit_accuracy", "winner_error_gap", "loser_error_gap")
+BY_NOISE_LEVEL = (
+    "margin",
+    "implicit_accuracy",
+    "winner_error_gap",
+    "loser_error_gap",
+    "clip_fraction",  # the released DDIM step at t = 51 meets the clip long before the others
+    "flip_rate",
+)
 
 
 # What `holdout_metrics` measures; the last three need a reference.

@@ -17,10 +17,10 @@ from diffalign import evaluation, metrics, report
 from diffalign._json import read_json
 from diffalign._statistics import holdout_accuracy
 from diffalign.config import Config, Generate
+from diffalign.data import read_prompts
 from diffalign.distributed import World
 from diffalign.progress import Progress
 from diffalign.recipes import _run
-from diffalign.recipes._prompts import read_prompts
 from diffalign.recipes._stopping import ALARM_FILE
 from diffalign.recipes.generate import load_for_images, read_manifest, write_images
 from diffalign.recipes.score import BATCH, batched, build_scorers, open_image, score_rows

@@ -89,7 +89,7 @@ def filter(config: Config, quiet: bool = False) -> Path:
     if not (out / "filter.json").is_file():
         model = config.model.load()
         model.to(world.device)
-        batches = config.source.prepare(model, Setting(0, 1, 1))
+        batches = config.source.prepare(model, None, Setting(0, 1, 1))
         layer = _write_scores(config, model, batches, out / "scores.jsonl", world, quiet)
         _write_records(config, out, layer, quiet)
     world.close()

@@ -14,12 +14,12 @@ from PIL import Image
 from diffalign._atomic import write_atomic
 from diffalign._json import read_json, write_json
 from diffalign.config import Config, Generate, Sampling
+from diffalign.data import read_prompts
 from diffalign.distributed import World
 from diffalign.models._user_files import FILE as USER_FILE
 from diffalign.progress import Progress
 from diffalign.recipes import _run
 from diffalign.recipes._images import sample_images
-from diffalign.recipes._prompts import read_prompts
 from diffalign.recipes._user import user_cond
 from diffalign.types import UserError
 

@@ -19,9 +19,9 @@ from diffalign import metrics
 from diffalign._atomic import write_atomic
 from diffalign._json import read_json
 from diffalign.config import TRAINING_SECTIONS, Config
+from diffalign.data import read_prompts
 from diffalign.distributed import World
 from diffalign.recipes import _run
-from diffalign.recipes._prompts import read_prompts
 from diffalign.recipes._sweep_jury import Jury
 from diffalign.recipes._sweep_points import Setting, folder_name, settings_of
 from diffalign.recipes._sweep_results import Judged, results

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -103,11 +103,12 @@ def set_up(config: Config) -> Trainer:
     torch.manual_seed(randomness.address(train.seed, "initial weights"))
     model = config.model.load()
     model.to(world.device)
-    reference = config.reference.bind(model)
-    setting = Setting(train.seed, train.steps, train.batch_size, world.rank, world.size, world.barrier)
-    batches = config.source.prepare(model, setting)
-    if getattr(config.source, "cache", True):
-        model.offload_encoders()
+    place = (world.rank, world.size, world.barrier, run.folder, world.autocast)
+    setting = Setting(train.seed, train.steps, train.batch_size, *place)
+    reference = config.reference.bind(model, setting)
+    batches = config.source.prepare(model, reference, setting)
+    if config.source.encoders != "needed":
+        model.offload_encoders(keep_vae=config.source.encoders == "decoder")
     _check_data(run, batches.facts(), world)
     parameters = model.trainable_parameters()
     optimizer = build_optimizer(train, list(parameters.values()))
@@ -118,6 +119,7 @@ def set_up(config: Config) -> Trainer:
     found = checkpoint.newest(run.folder)
     if found is not None:
         _restore(trainer, checkpoint.load(found, run.fingerprint))
+    reference.after_step(trainer.first_step - 1)
     return trainer
 
 
@@ -204,10 +206,10 @@ def train_step(trainer: Trainer, batch: EndpointBatch, step: int) -> dict[str, f
 def validate(trainer: Trainer) -> dict[str, float]:
     """Held-out accuracy and ranking of the weights as they are; nothing where the objective has no margin."""
     train = trainer.config.train
+    if "pair" not in trainer.config.objective.needs or trainer.config.likelihood.takes != "images":
+        return {}  # recorded steps have no held-out ones: the policy draws them anew in every round
     likelihood = replace(trainer.config.likelihood, draws=train.validate_draws)
     batches = trainer.batches.holdout(train.validate_prompts, train.batch_size)
-    if "pair" not in trainer.config.objective.needs:
-        return {}
 
     def objective(likelihoods: Likelihoods) -> LossOutput:
         return trainer.config.objective(trainer.baseline.give(likelihoods))
@@ -251,16 +253,16 @@ def train(config: Config, callbacks: Sequence[Callback] = (), quiet: bool = Fals
         ) as progress,
         ThreadPoolExecutor(max_workers=1) as loader,
     ):
-        following = loader.submit(trainer.batches.batch, trainer.first_step) if is_unfinished else None
+        following: Future[Any] | None = None
         for step in range(trainer.first_step, last_step):
             begun = time.perf_counter()
-            assert following is not None
-            batch = following.result()
-            if step + 1 < last_step:
-                following = loader.submit(trainer.batches.batch, step + 1)
-            scalars = train_step(trainer, batch, step)
+            made = _refresh(trainer, step, progress)
+            batch = following.result() if following is not None else trainer.batches.batch(step)
+            is_next_ready = step + 1 < last_step and trainer.batches.is_ready(step + 1)
+            following = loader.submit(trainer.batches.batch, step + 1) if is_next_ready else None
+            scalars = {**train_step(trainer, batch, step), **made}
             scalars["pairs_per_second"] = train_config.batch_size / (time.perf_counter() - begun)
-            decision = _after_step(trainer, watch, log, step, scalars)
+            decision = _after_step(trainer, watch, log, step, scalars, has_sampled=bool(made))
             for callback in callbacks:
                 callback(step, scalars)
             progress.advance(note=f"loss {scalars['loss']:.4f}")
@@ -276,8 +278,21 @@ def train(config: Config, callbacks: Sequence[Callback] = (), quiet: bool = Fals
     return result
 
 
+def _refresh(trainer: Trainer, step: int, progress: Progress) -> Mapping[str, float]:
+    """Lets a source that samples with the policy do so before `step`, from a checkpoint to which a kill goes back."""
+    if trainer.batches.is_ready(step):
+        return {}
+    if step > trainer.first_step:
+        _save(trainer, step)
+    made = trainer.batches.refresh(step)
+    told = ", ".join(f"{name.rpartition('/')[2]} {value:.4g}" for name, value in made.items() if name.count("/") == 1)
+    if not progress.quiet:
+        progress.say(f"diffalign train: step {step}: {told}")
+    return made
+
+
 def _after_step(
-    trainer: Trainer, watch: Watch, log: MetricsLog | None, step: int, scalars: dict[str, float]
+    trainer: Trainer, watch: Watch, log: MetricsLog | None, step: int, scalars: dict[str, float], has_sampled: bool
 ) -> Decision:
     """Measures what is due after `step`, decides, logs and saves, in this order: who resumes from a checkpoint then has
     the rows that were decided from."""
@@ -285,7 +300,7 @@ def _after_step(
     is_measured = _measure(trainer, watch, done, scalars)
     decision = watch.after(step, scalars) if is_measured else Decision()
     is_last = done == config.train.steps
-    if log is not None and (step % config.log.every == 0 or is_last or is_measured):
+    if log is not None and (step % config.log.every == 0 or is_last or is_measured or has_sampled):
         log.log(step, scalars)
     if decision.is_best:
         _save(trainer, done, kind="best")

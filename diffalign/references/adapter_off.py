@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffalign.types import Policy
+from diffalign.types import Policy, Setting
 
 
 @dataclass
@@ -21,7 +21,7 @@ class AdapterOff:
     def __post_init__(self) -> None:
         self.policy: Policy | None = None  # no field: it is no config key
 
-    def bind(self, policy: Policy) -> AdapterOff:
+    def bind(self, policy: Policy, setting: Setting | None = None) -> AdapterOff:
         """Remembers the policy.
 
         Raises:

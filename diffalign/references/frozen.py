@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffalign.types import Policy
+from diffalign.types import Policy, Setting
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Frozen:
     def __post_init__(self) -> None:
         self.policy: Policy | None = None  # no field: it is no config key
 
-    def bind(self, policy: Policy) -> Frozen:
+    def bind(self, policy: Policy, setting: Setting | None = None) -> Frozen:
         """Copies the denoiser as it is now: call it before a checkpoint is loaded."""
         clone = copy.copy(policy)
         clone.denoiser = copy.deepcopy(policy.denoiser).requires_grad_(False)

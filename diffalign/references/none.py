@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from diffalign.types import Denoiser
+from diffalign.types import Denoiser, Setting
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class NoReference:
 
     gives: ClassVar[frozenset[str]] = frozenset()
 
-    def bind(self, policy: Denoiser) -> NoReference:
+    def bind(self, policy: Denoiser, setting: Setting | None = None) -> NoReference:
         """Nothing to hold on to."""
         return self
 

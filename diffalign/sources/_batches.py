@@ -69,15 +69,31 @@ class RecordedBatches:
             return self.classes.place(bucket, step, row, first)
         return self.members[bucket], first + row
 
+    def is_ready(self, step: int) -> bool:
+        """Always: nothing depends on the policy's weights."""
+        return True
+
+    def refresh(self, step: int) -> Mapping[str, float]:
+        """Nothing to do."""
+        return {}
+
     def batch(self, step: int) -> EndpointBatch:
         """This process's share of the global batch of 0-based `step`."""
+        rows, visits = self._draw(step)
+        return self._collate(np.array(rows), torch.tensor(visits))
+
+    def rows_of_step(self, step: int) -> list[int]:
+        """Places in `data` of the records of this process's share."""
+        return self._draw(step)[0]
+
+    def _draw(self, step: int) -> tuple[list[int], list[int]]:
         rows, visits = [], []
         for row in self.setting.rows:
             members, place = self._place(step, row)
             visit, index = divmod(place, len(members))
-            rows.append(members[randomness.permute(index, len(members), self.setting.seed, "order", visit)])
+            rows.append(int(members[randomness.permute(index, len(members), self.setting.seed, "order", visit)]))
             visits.append(visit)
-        return self._collate(np.array(rows), torch.tensor(visits))
+        return rows, visits
 
     def holdout(self, num_prompts: int, batch_size: int, of_unseen: bool = False) -> Iterator[EndpointBatch]:
         """This process's shares of up to `num_prompts` held-out records; the same draws at every call.

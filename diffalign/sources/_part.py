@@ -90,6 +90,14 @@ class Continued:
     batches: Any
     first: int
 
+    def is_ready(self, step: int) -> bool:
+        """Always: nothing depends on the policy's weights."""
+        return True
+
+    def refresh(self, step: int) -> Mapping[str, float]:
+        """Nothing to do."""
+        return {}
+
     def batch(self, step: int) -> EndpointBatch:
         """This process's share of the global batch of 0-based `step` of the stage."""
         return self.batches.batch(self.first + step)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from diffalign.data import OnTheFly, build_cache
 from diffalign.registry import build, check_fields, find
@@ -49,6 +49,13 @@ class Offline:
     users: Users | None = None
     encode_batch_size: int = 8
 
+    makes: ClassVar[str] = "images"
+
+    @property
+    def encoders(self) -> Literal["done", "decoder", "needed"]:
+        """Whether text encoders and VAE can leave the device when the data is ready."""
+        return "done" if self.cache else "needed"
+
     @property
     def gives(self) -> frozenset[str]:
         """What objectives may ask of it."""
@@ -81,7 +88,7 @@ class Offline:
         """Opens the data, so that a wrong path is reported before any weight is loaded."""
         _ = self.reader
 
-    def prepare(self, policy: Any, setting: Setting) -> RecordedBatches | Continued:
+    def prepare(self, policy: Any, reference: Any, setting: Setting) -> RecordedBatches | Continued:
         """Builds or opens the cache with the policy's encoders.
 
         Raises:

@@ -85,7 +85,7 @@ def test_scores_are_ches_of_what_the_output_layer_reads(whole, folder):
     config = resolve(tokens("sd3", folder, "unused", likelihood__draws=2))
     torch.manual_seed(0)
     model = config.model.load()
-    batch = config.source.prepare(model, Setting(0, 1, 1)).records(np.array([7]))
+    batch = config.source.prepare(model, None, Setting(0, 1, 1)).records(np.array([7]))
     t, noise = config.likelihood.draw(model, batch)
     found, seen = [], []
     model.network.proj_out.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
@@ -106,7 +106,7 @@ def test_the_models_own_logp_orders_a_curriculum(whole, folder):
     assert winner < 0 and loser < 0 and winner != loser
     spec = {"name": "offline", "data": {"path": str(whole)}, "cache_dir": str(folder / "cache"), "holdout": 0.0}
     model = resolve(tokens("sd3", folder, "unused")).model.load()
-    column, gaps = build("source", spec).prepare(model, Setting(0, 1, 1)).data.gaps(np.arange(9), recipe.LOGP)
+    column, gaps = build("source", spec).prepare(model, None, Setting(0, 1, 1)).data.gaps(np.arange(9), recipe.LOGP)
     assert column == recipe.LOGP and gaps[0] == pytest.approx(winner - loser)
 
 

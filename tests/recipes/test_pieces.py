@@ -7,7 +7,7 @@ import json
 import pytest
 
 from diffalign.config import resolve
-from diffalign.recipes._prompts import read_prompts
+from diffalign.data import read_prompts
 from diffalign.recipes._run import differences, open_folder
 from diffalign.recipes.evaluate import categories_of, model_names
 from diffalign.recipes.label import choices, pairs_of

@@ -98,7 +98,7 @@ def data(request, records, tiny_folders):
     model = build("model", {"name": "sd15", "path": str(tiny_folders["sd15"])}).load()
     spec = {"name": "offline", "data": {"path": str(records / "pairs")}, "cache_dir": str(records / "cache")}
     source = build("source", spec | {"holdout": 0.0, "cache": request.param})
-    return source.prepare(model, Setting(0, 1, 1)).data
+    return source.prepare(model, None, Setting(0, 1, 1)).data
 
 
 def test_gaps_come_from_the_records(data):

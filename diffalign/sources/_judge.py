@@ -1,0 +1,215 @@
+"""Scorers as the judge of a rollout: every score kept, a failure counted, and what several scorers prefer together."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from diffalign.registry import build, names, suggest
+from diffalign.types import UserError
+
+Prefer = Literal["sum", "pareto", "maximin"]
+Pairs = Literal["best-worst", "all"]
+
+
+class NoAnswer(RuntimeError):
+    """A call that has not come back in time, and perhaps never will."""
+
+
+def within(seconds: float | None, call: Callable[[], Any], what: str) -> Any:
+    """What `call` returns, or an error once it has taken longer.
+
+    In a thread of its own that nobody waits for: a call that hangs cannot be ended, but the run can.
+
+    Raises:
+        NoAnswer: none within `seconds`.
+    """
+    if seconds is None:
+        return call()
+    found: list[Any] = []
+    failed: list[BaseException] = []
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # is the thread's own
+
+    def work() -> None:
+        try:
+            if device is not None:
+                torch.cuda.set_device(device)
+            found.append(call())
+        except BaseException as error:  # handed on below, whatever it is
+            failed.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise NoAnswer(f"{what} gave no answer within {seconds:g} s (source.scorer_timeout); the same command resumes")
+    if failed:
+        raise failed[0]
+    return found[0]
+
+
+class Judge:
+    """Scores by named scorers, weighed into one utility or compared one by one.
+
+    Args:
+        scorers: config names, or mappings with `name`, the scorer's own keys and, to tell two of a kind apart, `as`.
+        weights: of each in the sum; default 1 each.
+        prefer: how several make one preference, see `utility` and `pairs`.
+        timeout: seconds for one call of a scorer.
+
+    Raises:
+        UserError: no scorer, an unknown one, two of one name, or weights of another number.
+    """
+
+    def __init__(
+        self,
+        scorers: Sequence[str | Mapping[str, Any]],
+        weights: Sequence[float],
+        prefer: Prefer,
+        timeout: float | None,
+    ) -> None:
+        if not scorers:
+            raise UserError(f"source.scorers is empty: name the judge.{suggest('', names('scorer'))}")
+        if prefer not in get_args(Prefer):
+            raise UserError(f"source.prefer={prefer!r}: legal are {', '.join(get_args(Prefer))}")
+        self.scorers: dict[str, Any] = {}
+        for spec in scorers:
+            values = {"name": spec} if isinstance(spec, str) else dict(spec)
+            key = str(values.pop("as", values.get("name", ""))).replace("-", "_")
+            if key in self.scorers:
+                raise UserError(f"source.scorers names {key!r} twice: give one of them another name with `as`")
+            self.scorers[key] = build("scorer", values)
+        if weights and len(weights) != len(self.scorers):
+            raise UserError(f"source.weights has {len(weights)} numbers for {len(self.scorers)} scorers")
+        self.weights = np.array(weights or [1.0] * len(self.scorers))
+        self.prefer, self.timeout = prefer, timeout
+
+    @classmethod
+    def of_people(cls) -> Judge:
+        """Votes in place of a scorer: one column, `votes`, that somebody else fills."""
+        judge = cls.__new__(cls)
+        judge.scorers, judge.weights, judge.prefer, judge.timeout = {"votes": None}, np.ones(1), "sum", None
+        return judge
+
+    @property
+    def names(self) -> list[str]:
+        """Of the score columns."""
+        return list(self.scorers)
+
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Float[NDArray[np.float32], "N J"]:
+        """A column per scorer. What a scorer could not judge (no finite number) is NaN, for the caller to count.
+
+        A scorer that raises is asked a second time: a server may have been away for a moment. One that hangs is not.
+
+        Raises:
+            UserError: a scorer refuses its input (ValueError).
+            RuntimeError: it failed twice, gave no answer in time, or another number of scores.
+        """
+        return self._asked(lambda scorer: scorer.score(list(images), list(prompts)), len(images))
+
+    def _asked(self, ask: Callable[[Any], Any], num: int) -> Float[NDArray[np.float32], "N J"]:
+        columns = []
+        for name, scorer in self.scorers.items():
+
+            def call(scorer: Any = scorer) -> Any:
+                return ask(scorer)
+
+            what = f"scorer {name}"
+            try:
+                try:
+                    values = within(self.timeout, call, what)
+                except (ValueError, NoAnswer):
+                    raise
+                except Exception:  # any kind: the second failure is told in full
+                    values = within(self.timeout, call, what)
+            except ValueError as error:
+                raise UserError(f"{what}: {' '.join(str(error).split())}") from error
+            except NoAnswer:
+                raise
+            except Exception as error:
+                told = " ".join(f"{type(error).__name__}: {error}".split())
+                raise RuntimeError(f"{what} failed twice: {told}; the same command resumes") from error
+            column = torch.as_tensor(values).detach().float().cpu().numpy()
+            if column.shape != (num,):
+                raise RuntimeError(f"{what} gave scores of shape {column.shape} for {num} images")
+            columns.append(np.where(np.isfinite(column), column, np.nan))
+        return np.stack(columns, axis=1)
+
+    def score_pixels(
+        self, pixels: Float[Tensor, "N 3 H W"], prompts: Sequence[str], timestep: float
+    ) -> Float[NDArray[np.float32], "N J"]:
+        """`score` of previews in [0, 1], taken at the network's time `timestep`, which step-aware scorers are told.
+
+        Raises:
+            UserError, RuntimeError: as `score`.
+        """
+        images: list[Image.Image] = []
+
+        def of(scorer: Any) -> Any:
+            if "timestep" in scorer.info.inputs:
+                with torch.no_grad():
+                    times = torch.full((len(pixels),), timestep, device=pixels.device)
+                    return scorer.score_tensor(pixels, list(prompts), timestep=times).float().cpu().numpy()
+            if not images:
+                arrays = (pixels.permute(0, 2, 3, 1).cpu().numpy() * 255).round().clip(0, 255).astype(np.uint8)
+                images.extend(Image.fromarray(array) for array in arrays)
+            return scorer.score(images, list(prompts))
+
+        return self._asked(of, len(pixels))
+
+    def utility(self, scores: Float[NDArray[np.float32], "K J"]) -> Float[NDArray[np.float64], " K"]:
+        """One number per candidate of a prompt, NaN where a scorer had none: the weighted sum, or, for `maximin`, the
+        worst of its scores, each standardised over the candidates that all scorers judged."""
+        values = scores.astype(float)
+        if self.prefer != "maximin":
+            return values @ self.weights
+        is_judged = np.isfinite(values).all(axis=1)
+        utility = np.full(len(values), np.nan)
+        if is_judged.any():
+            utility[is_judged] = standardised(values[is_judged]).min(axis=1)
+        return utility
+
+    def pairs(self, scores: Float[NDArray[np.float32], "K J"], rule: Pairs, min_margin: float) -> list[tuple[int, int]]:
+        """(winner, loser) among the candidates of a prompt; candidates without a score are left out.
+
+        `best-worst`: one pair; `all`: every two that differ. By the sum of scores they must differ by more than
+        `min_margin`. `pareto` (D3PO's code) takes every pair in which one is nowhere worse and somewhere better by
+        more than that; of the best-worst rule, the pair of the largest sum of gaps. `maximin` (DSTC) takes
+        argmax_i min_k S_ik against argmin_i max_k S_ik, S standardised.
+        """
+        judged = np.flatnonzero(np.isfinite(scores).all(axis=1))
+        values = scores[judged].astype(float)
+        if len(judged) < 2:
+            return []
+        if self.prefer == "pareto":
+            gap = (values[:, None] - values[None]) * np.sign(self.weights)
+            wins = (gap >= 0).all(axis=2) & (gap > min_margin).any(axis=2)
+            size = (gap * np.abs(self.weights)).sum(axis=2)
+        elif self.prefer == "maximin" and rule == "best-worst":
+            standard = standardised(values)
+            best, worst = int(standard.min(axis=1).argmax()), int(standard.max(axis=1).argmin())
+            differs = best != worst and bool((np.abs(values[best] - values[worst]) > min_margin).any())
+            return [(int(judged[best]), int(judged[worst]))] if differs else []
+        else:
+            utility = self.utility(scores[judged])
+            size = utility[:, None] - utility[None]
+            wins = size > min_margin
+        found = [(int(judged[w]), int(judged[loser])) for w, loser in np.argwhere(wins)]
+        if rule == "all" or not found:
+            return found
+        return [max(found, key=lambda pair: size[np.searchsorted(judged, pair[0]), np.searchsorted(judged, pair[1])])]
+
+
+def standardised(values: Float[NDArray[np.float64], "K J"]) -> Float[NDArray[np.float64], "K J"]:
+    """Every column with mean 0 and standard deviation 1 over the candidates; a constant column is 0."""
+    centred = values - values.mean(axis=0)
+    spread = values.std(axis=0)
+    return centred / np.where(spread > 0, spread, 1)
