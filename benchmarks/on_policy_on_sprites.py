@@ -1,0 +1,355 @@
+"""Methods that sample while they train, from the same base with the same judge: one table, beside offline DPO.
+
+    python benchmarks/on_policy_on_sprites.py                          # all, on sprites-sdxl, three seeds
+    python benchmarks/on_policy_on_sprites.py --model sprites-sd3 --methods d3po spo
+    python benchmarks/on_policy_on_sprites.py --table                  # what is there, as Markdown
+
+Every method may take as many rows of the network for sampling as `--images` pictures cost (20 steps), on prompts of
+two objects, judged by the gold judge. It trains once with each of two learning rates; the one with the best
+gold score on tuning prompts is trained with every seed and measured on other held-out prompts, with the base's noise.
+Offline DPO samples its pictures from the base beforehand and trains on all pairs of them for as many optimizer steps as
+its row says; `offline-dpo-seconds` goes on as long as the slowest method took.
+
+Three of the rows are controls: `spo-winner` goes on from the winner instead of a random candidate, `own-dpo` and
+`foreign-dpo` differ in whose pictures they learn from alone; `d3po` propagates a picture's label to all its steps,
+`spo` labels each step.
+
+A result is a file per method in benchmarks/results/on-policy-<model>/, and a method that has one is not done again. A
+killed run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from methods_on_sprites import GOLD, SCORERS, diversity, pictures, sampling, with_adapter
+
+from diffalign import _statistics
+from diffalign._json import read_json, write_json
+from diffalign.config import Config, resolve
+from diffalign.metrics import read_metrics
+from diffalign.recipes._run import environment
+from diffalign.recipes.generate import generate
+from diffalign.recipes.label import label
+from diffalign.recipes.score import score
+from diffalign.recipes.train import train
+from diffalign.sprites.scene import prompts
+
+STEPS = 20  # of the sampler, in training
+NUM_SEEDS_SAMPLED = 2  # pictures per final prompt
+TRAIN_PROMPTS = "sprites:train:400:two"
+OFFLINE = ("offline-dpo", "offline-dpo-seconds")
+SAMPLER = {"num_steps": STEPS, "cfg_scale": 1.0, "batch_size": 32}  # as the evaluation: guidance alone lifts the base
+
+
+@dataclass(frozen=True)
+class Method:
+    """A shipped config, what the small world changes in it, and its learning rates."""
+
+    config: str
+    images: int  # of a round, in pictures of STEPS steps
+    steps: int  # optimizer steps of a round
+    sections: dict[str, Any]
+    rates: tuple[float, float] = (3e-4, 1e-3)
+
+
+def _pool(every: int) -> dict[str, Any]:
+    return {"name": "checkpoint_pool", "strategy": "last", "every": every, "size": 2}
+
+
+def _dpo(whose: str) -> Method:
+    source = {"images_per_prompt": 4, "prompts_per_round": 16, "pairs": "all", "sample_from": whose}
+    sections = {"source": source, "reference": {"name": "adapter_off"}, "objective": {"beta": 1000.0}}
+    return Method("online-dpo", 64, 16, {**sections, "train": {"batch_size": 16}})
+
+
+METHODS = {
+    "d3po": Method(
+        "d3po", 64, 16, {"source": {"images_per_prompt": 4, "prompts_per_round": 16}, "train": {"batch_size": 32}}
+    ),
+    # 4 + 1 + 4 * 15 of 80 rows are one chain's and its candidates': 65/20 pictures a prompt
+    "spo": Method(
+        "spo", 65, 16, {"source": {"prompts_per_round": 20, "temperature": 0.1}, "train": {"batch_size": 32}}
+    ),
+    "step-dpo": Method(
+        "step-dpo", 70, 4, {"source": {"prompts_per_round": 40, "temperature": 0.1}, "train": {"batch_size": 16}}
+    ),
+    "m-dpo": Method(
+        "m-dpo", 64, 8, {"source": {"images_per_prompt": 4, "prompts_per_round": 16}, "train": {"batch_size": 8}}
+    ),
+    "tree-po": Method(
+        "tree-po", 64, 8, {"source": {"prompts_per_round": 16, "steps_used": 5}, "train": {"batch_size": 4}}
+    ),
+    "flow-grpo": Method(
+        "flow-grpo",
+        64,
+        16,
+        {"source": {"images_per_prompt": 8, "prompts_per_round": 8, "sampling": {"num_steps": STEPS}}}
+        | {"train": {"batch_size": 8}},
+    ),
+    "ddpo": Method(
+        "ddpo", 64, 16, {"source": {"images_per_prompt": 8, "prompts_per_round": 8}, "train": {"batch_size": 8}}
+    ),
+    "online-dpo": Method(
+        "online-dpo",
+        64,
+        16,
+        {"source": {"images_per_prompt": 4, "prompts_per_round": 16, "pairs": "all"}, "reference": _pool(16)}
+        | {"objective": {"beta": 1000.0}, "train": {"batch_size": 16}},
+    ),
+    "sppo-iterative": Method(
+        "sppo-iterative",
+        64,
+        16,
+        {"source": {"images_per_prompt": 4, "prompts_per_round": 16, "pairs": "all"}, "reference": _pool(16)}
+        | {"train": {"batch_size": 16}},
+    ),
+    "rso": Method(
+        "rso",
+        64,
+        16,
+        {"source": {"images_per_prompt": 8, "prompts_per_round": 8, "reject": 0.1}, "objective": {"beta": 1000.0}}
+        | {"train": {"batch_size": 16}},
+    ),
+    "nft": Method(
+        "nft",
+        64,
+        16,
+        {
+            "source": {"images_per_prompt": 8, "prompts_per_round": 8},
+            "reference": _pool(16),
+            "train": {"batch_size": 4},
+        },
+    ),
+    "spo-winner": Method(
+        "spo",
+        65,
+        16,
+        {"source": {"prompts_per_round": 20, "temperature": 0.1, "go_on": "winner"}, "train": {"batch_size": 32}},
+    ),
+    # the same pairs and reference, from the policy's pictures and from the base's
+    "own-dpo": _dpo("policy"),
+    "foreign-dpo": _dpo("reference"),
+    "offline-dpo": Method("diffusion-dpo", 0, 0, {"objective": {"beta": 1000.0}, "train": {"batch_size": 16}}),
+    "offline-dpo-seconds": Method("diffusion-dpo", 0, 0, {"objective": {"beta": 1000.0}, "train": {"batch_size": 16}}),
+}
+LEFT_OUT = {
+    "seppo": "learns from recorded winners",
+    "sspo": "learns from recorded winners",
+    "reward-po": "learns from recorded images",
+    "hypo": "learns from recorded pairs",
+}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all methods share."""
+
+    arguments: argparse.Namespace
+    root: Path
+    results: Path
+    tuning: Sequence[str]
+    final: Sequence[str]
+    base: dict[str, np.ndarray]
+
+    @property
+    def prompt_groups(self) -> list[str]:
+        """The prompt of every final picture."""
+        return [text for text in self.final for _ in range(NUM_SEEDS_SAMPLED)]
+
+
+def prepare(arguments: argparse.Namespace) -> Bench:
+    """Prompts and the base's pictures."""
+    root = arguments.out / arguments.model
+    heldout = prompts(300, split="heldout", kind="two")
+    config = resolve([arguments.model, {"sampling": sampling()}])
+    base = pictures(with_adapter(config, None), config, heldout[:200], root / "base", NUM_SEEDS_SAMPLED)
+    results = arguments.results / f"on-policy-{arguments.model}"
+    return Bench(arguments, root, results, heldout[200:], heldout[:200], base)
+
+
+def offline_pairs(bench: Bench) -> Path:
+    """All pairs of as many pictures as the others sample, four a prompt, from the base with the same sampler."""
+    root, num = bench.root / "offline", bench.arguments.images // 4
+    spec = {"prompts": f"sprites:train:{num}:two", "images_per_prompt": 4, "out": str(root / "images")}
+    how = {"num_steps": STEPS, "cfg_scale": SAMPLER["cfg_scale"], "batch_size": SAMPLER["batch_size"]}
+    config = resolve([bench.arguments.model, {"generate": spec, "sampling": how, "score": {"scorers": [GOLD]}}])
+    images = generate(config, quiet=True)
+    scores = score(replace(config, score=replace(config.score, images=str(images))), quiet=True)
+    settings = replace(config.label, scores=str(scores), scorer=GOLD, rule="all-pairs", out=str(root / "pairs"))
+    return label(replace(config, label=settings), quiet=True)
+
+
+def config_of(bench: Bench, name: str, rate: float, seed: int, out: Path) -> Config:
+    """One run."""
+    method, model = METHODS[name], bench.arguments.model
+    fixed: dict[str, Any] = {
+        "sampling": sampling(),
+        "train": {
+            "out": str(out),
+            "lr": rate,
+            "seed": seed,
+            "steps": num_steps(bench, name),
+            "warmup_steps": 0,
+            "validate_every": 0,
+            "sample_every": 0,
+            "weight_decay": 0.0,
+            "checkpoint_every": 100000,
+        },
+        "source": {"cache_dir": str(bench.root / "cache")},
+        "log": {"trackers": []},
+    }
+    if name in OFFLINE:
+        fixed["source"] |= {"data": {"path": str(bench.root / "offline" / "pairs")}, "prompt_dropout": 0.0}
+        fixed["train"] |= {"warmup_steps": 20, "lr_schedule": "cosine"}
+    else:
+        fixed["source"] |= {"prompts": TRAIN_PROMPTS, "scorers": [GOLD], "steps_per_round": method.steps}
+        fixed["source"] |= {"sampling": SAMPLER}
+    return resolve([model, method.config, fixed, method.sections])
+
+
+def num_steps(bench: Bench, name: str) -> int:
+    """Optimizer steps: of the rounds that `--images` pays for; offline DPO's own."""
+    if name == "offline-dpo":
+        return max(1, bench.arguments.images // 64) * 16
+    if name == "offline-dpo-seconds":
+        slowest = max(read_json(path)["seconds"] for path in bench.results.glob("*.json") if path.stem not in OFFLINE)
+        offline = read_json(bench.results / "offline-dpo.json")
+        per_step = offline["training_seconds"] / offline["steps"]
+        return max(1, int((slowest - offline["sampling_seconds"]) / per_step))
+    return max(1, round(bench.arguments.images / METHODS[name].images)) * METHODS[name].steps
+
+
+def measured(bench: Bench, name: str, rate: float, seed: int) -> dict[str, Any]:
+    """One run and its scores on tuning and final prompts."""
+    folder = bench.root / name / f"lr-{rate:g}-seed-{seed}"
+    done = folder / "measured.json"
+    if not done.is_file():
+        config = config_of(bench, name, rate, seed, folder / "run")
+        begun = time.perf_counter()
+        train(config, quiet=True)
+        seconds = time.perf_counter() - begun
+        model = with_adapter(config, folder / "run")
+        tuning = pictures(model, config, bench.tuning, folder / "tuning", 1)
+        final = pictures(model, config, bench.final, folder / "final", NUM_SEEDS_SAMPLED)
+        rows = read_metrics(folder / "run")
+
+        def summed(key: str, rows: Sequence[dict[str, Any]] = rows) -> float:
+            return sum(row.get(f"rollout/{key}", 0.0) for row in rows)
+
+        write_json(
+            done,
+            {
+                "seconds": seconds,
+                "sampling_seconds": summed("seconds"),
+                "network_rows": summed("network_rows"),
+                "units": summed("units"),
+                "steps": config.train.steps,
+                "tuning": float(tuning[GOLD].mean()),
+                "diversity": diversity(folder / "final"),
+                "clip_fraction": statistics.mean(
+                    [row["clip_fraction"] for row in rows if "clip_fraction" in row] or [0]
+                ),
+                "scores": {scorer: final[scorer].tolist() for scorer in SCORERS},
+            },
+        )
+    return dict(read_json(done))
+
+
+def run_method(bench: Bench, name: str) -> None:
+    """Tunes, trains with every seed, writes the method's file."""
+    begun = time.perf_counter()
+    offline = 0.0
+    if name in OFFLINE:
+        offline_pairs(bench)
+        offline = time.perf_counter() - begun
+        kept = bench.root / "offline" / "seconds.json"  # of the first time, when there was something to do
+        write_json(kept, {"seconds": max(offline, read_json(kept).get("seconds", 0.0))})
+        offline = read_json(kept)["seconds"]
+    tried = {rate: measured(bench, name, rate, 0) for rate in METHODS[name].rates}
+    best = max(tried, key=lambda rate: float(tried[rate]["tuning"]))
+    rows = [measured(bench, name, best, seed) for seed in range(bench.arguments.seeds)]
+    summary: dict[str, Any] = {}
+    for scorer in SCORERS:
+        ours = np.concatenate([np.array(row["scores"][scorer]) for row in rows])
+        base, groups = np.tile(bench.base[scorer], len(rows)), bench.prompt_groups * len(rows)
+        gain = _statistics.mean_difference(ours, base, groups)
+        win = _statistics.win_rate(ours, base, groups=groups)
+        summary[scorer] = {
+            "base": float(base.mean()),
+            "gain": [gain.mean, gain.low, gain.high],
+            "win_rate": [win.rate, win.low, win.high],
+        }
+    mean = {
+        key: statistics.mean(row[key] for row in rows)
+        for key in ("diversity", "network_rows", "units", "steps", "clip_fraction")
+    }
+    training = statistics.mean(row["seconds"] for row in rows)
+    sampled = offline + statistics.mean(row["sampling_seconds"] for row in rows)
+    pictures_sampled = bench.arguments.images if name in OFFLINE else mean["network_rows"] / STEPS
+    write_json(
+        bench.results / f"{name}.json",
+        {
+            "method": name,
+            "images": pictures_sampled,
+            "seconds": training + offline,
+            "training_seconds": training + offline - sampled,
+            "sampling_seconds": sampled,
+            "lr": best,
+            "tuning": {f"{rate:g}": row["tuning"] for rate, row in tried.items()},
+            "seeds": bench.arguments.seeds,
+            **mean,
+            **summary,
+            "environment": environment("cpu"),
+        },
+    )
+
+
+def table(results: Path) -> str:
+    """The results as Markdown, best gold score first."""
+    rows = sorted((read_json(path) for path in results.glob("*.json")), key=lambda row: -row[GOLD]["gain"][0])
+    lines = [
+        "| method | gold gain (95 %) | win rate | proxy gain | diversity | pictures | steps | lr | s sampling | s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        gain, win, proxy = row[GOLD]["gain"], row[GOLD]["win_rate"], row[SCORERS[1]]["gain"]
+        lines.append(
+            f"| {row['method']} | {gain[0]:+.3f} ({gain[1]:+.3f} to {gain[2]:+.3f}) |"
+            f" {100 * win[0]:.0f} % ({100 * win[1]:.0f} to {100 * win[2]:.0f}) | {proxy[0]:+.3f} |"
+            f" {row['diversity']:.2f} | {row['images']:.0f} | {row['steps']:.0f} | {row['lr']:g} |"
+            f" {row['sampling_seconds']:.0f} | {row['seconds']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Runs what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="sprites-sdxl")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--images", type=int, default=768, help="pictures that a method may sample")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("runs/on-policy"))
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--table", action="store_true")
+    arguments = parser.parse_args()
+    results = arguments.results / f"on-policy-{arguments.model}"
+    if not arguments.table:
+        bench = prepare(arguments)
+        for name in arguments.methods:
+            if not (results / f"{name}.json").is_file():
+                run_method(bench, name)
+                print(f"{name}: done", flush=True)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
