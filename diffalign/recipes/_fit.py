@@ -103,7 +103,8 @@ def check_data(config: Config) -> None:
     if not sample:
         return  # the source lists the reasons when it finds no readable record at all
     _check_users(config, sample)
-    sizes = {len(record.images) for record in sample}
+    utilities = [config.source.utility_of(record) for record in sample]
+    sizes = set(map(len, utilities))
     if getattr(config.source, "desirable_share", None) is not None and sizes != {1}:
         raise UserError(
             f"source.desirable_share draws single images and the data has records of {max(sizes)}: leave it empty"
@@ -123,7 +124,7 @@ def check_data(config: Config) -> None:
         raise UserError(
             f"objective {name} ranks images and every record has one: choose a method of single images (kto)"
         )
-    if objective.needs & {"pair", "list"} and all(_is_tied(record) for record in sample):
+    if objective.needs & {"pair", "list"} and all(len(set(utility)) == 1 for utility in utilities):
         raise UserError(
             f"objective {name} learns from preferences and none of the first {len(sample)} records has one (all tied or"
             " unlabelled): score and label them (diffalign score, diffalign label), or train with sft"
@@ -144,7 +145,3 @@ def _whole_record_parts(objective: Any) -> list[Any]:
     parts = parts_of(objective)
     columns = getattr(objective, "candidates", [None] * len(parts))
     return [part for part, its_columns in zip(parts, columns, strict=True) if its_columns is None]
-
-
-def _is_tied(record: Record) -> bool:
-    return len(set(record.utility)) == 1

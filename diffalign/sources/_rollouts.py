@@ -89,8 +89,8 @@ class Rollouts:
                 rows.append((_votes.ballot_id(part, p), text, files))
         if self.setting.rank == 0:
             _votes.write_ballot(folder, rows)
-        self.setting.barrier()
-        self._votes = _votes.read_votes(folder, {name: k for name, _, _ in rows})
+        sizes = {name: k for name, _, _ in rows}
+        self._votes = _votes.counted(folder, sizes, self.setting.rank == 0, self.setting.barrier)
 
     def units(self, shard: Shard) -> NDArray[np.int64]:
         """Rows (prompt of the part, winner, loser, step): -1 for all candidates, and for all steps."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from diffalign._atomic import write_atomic
+from diffalign._json import read_json, write_json
 from diffalign.errors import UserError, WaitsForVotes
 
-BALLOT, VOTES = "ballot.jsonl", "votes.jsonl"
+BALLOT, VOTES, TALLY = "ballot.jsonl", "votes.jsonl", "tally.json"
 
 
 def ballot_id(part: int, prompt: int) -> str:
@@ -69,6 +70,30 @@ def read_votes(folder: Path, num_candidates: Mapping[str, int]) -> dict[str, Flo
             f" {folder / BALLOT}, write a line {line} for each into {path}, and run the same command again"
         )
     return {name: np.mean(values, axis=0) for name, values in found.items()}
+
+
+def counted(
+    folder: Path, num_candidates: Mapping[str, int], is_main: bool, barrier: Callable[[], None]
+) -> dict[str, Float[NDArray[np.float64], " K"]]:
+    """`read_votes`, once: what the main process counted is kept in tally.json, and every process, now or after a
+    resume, draws from that. A vote that comes later, or is changed, no longer counts.
+
+    Raises:
+        WaitsForVotes, UserError: as `read_votes`, after all processes have met.
+    """
+    path, failed = folder / TALLY, None
+    if is_main and not path.is_file():
+        try:
+            votes = read_votes(folder, num_candidates)
+            write_json(path, {name: utility.tolist() for name, utility in votes.items()})
+        except (WaitsForVotes, UserError) as error:
+            failed = error
+    barrier()
+    if failed is not None:
+        raise failed
+    if not path.is_file():
+        raise WaitsForVotes(f"{folder} waits for votes, as the main process says")
+    return {name: np.array(utility) for name, utility in read_json(path).items()}
 
 
 def _utility(row: Mapping[str, Any], size: int) -> list[float]:

@@ -11,7 +11,7 @@ from diffalign.registry import build, check_fields, find
 from diffalign.sources._batches import RecordedBatches
 from diffalign.sources._part import Continued, Part
 from diffalign.sources._users import Users
-from diffalign.types import Setting, UserError
+from diffalign.types import Record, Setting, UserError
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,10 @@ class Offline:
         if not self.data.get("path"):
             raise UserError("source.data.path is missing: a Parquet or JSONL file, or a folder of pairs")
         return build("data", self._spec)
+
+    def utility_of(self, record: Record) -> tuple[float, ...]:
+        """The utilities of a record's candidates, as an objective will see them."""
+        return record.utility
 
     def check(self) -> None:
         """Opens the data, so that a wrong path is reported before any weight is loaded."""

@@ -11,7 +11,7 @@ from diffalign.sources._judge import Judge, Prefer
 from diffalign.sources._rivals import RivalBatches
 from diffalign.sources._sampled import RolloutSampling
 from diffalign.sources.offline import Offline
-from diffalign.types import Setting, UserError
+from diffalign.types import Record, Setting, UserError
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class Rivals(Offline):
             )
         if self.scorer_timeout is not None and not self.scorer_timeout > 0:
             raise UserError(f"source.scorer_timeout must be positive (got {self.scorer_timeout})")
+        if self.scorers and self.prompt_dropout:
+            raise UserError("source.scorers would judge rivals of dropped prompts by them: set source.prompt_dropout=0")
         if self.sampling.noisy != (0.0, 1.0):
             raise UserError("source.sampling.noisy is of recorded steps, and rivals are finished images: leave it out")
 
@@ -67,6 +69,12 @@ class Rivals(Offline):
     def judge(self) -> Judge | None:
         """The scorers, built; None without any."""
         return Judge(self.scorers, self.weights, self.prefer, self.scorer_timeout) if self.scorers else None
+
+    def utility_of(self, record: Record) -> tuple[float, ...]:
+        """The utilities of a record's candidates and of its rival, as far as they are known before anybody judges."""
+        if self.recorded == "winner":
+            return (self.rival_utility + 1, self.rival_utility)
+        return (*record.utility, self.rival_utility)
 
     def check(self) -> None:
         """Opens the data and builds the scorers, so that what is wrong is reported before any weight is loaded."""

@@ -502,11 +502,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return sdxl.build_tiny(tmp_path_factory.mktemp("model") / "tiny")
 
 
-REFUSED = pytest.mark.xfail(
-    raises=UserError, strict=True, reason="recipes/_fit.py counts the recorded images without the rival"
-)
-
-
 class Interrupted(KeyboardInterrupt):
     pass
 
@@ -593,7 +588,7 @@ def test_seppo_from_end_to_end(folder, tiny, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [pytest.param("hypo", marks=REFUSED), "reward-po"])
+@pytest.mark.parametrize("method", ["hypo", "reward-po"])
 def test_other_methods_with_rivals_run(method, folder, tiny, tmp_path):
     go(folder, tiny, tmp_path / "run", method, train={"steps": 3, "validate_every": 3})
     rows = read_metrics(tmp_path / "run")
@@ -604,7 +599,6 @@ def test_other_methods_with_rivals_run(method, folder, tiny, tmp_path):
 
 
 @pytest.mark.slow
-@REFUSED
 def test_winners_alone_are_enough_for_seppo(folder, tiny, tmp_path):
     source = {"data": {"path": str(folder / "singles")}, "recorded": "winner"}
     go(folder, tiny, tmp_path / "run", "seppo", source=source, train={"steps": 1, "validate_every": 0})

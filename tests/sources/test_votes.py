@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from diffalign.errors import WaitsForVotes
-from diffalign.sources._votes import BALLOT, VOTES, ballot_id, read_votes, write_ballot
+from diffalign.sources._votes import BALLOT, VOTES, ballot_id, counted, read_votes, write_ballot
 from diffalign.types import UserError
 
 SIZES = {"00000-000": 2, "00000-001": 3, "00001-000": 2}
@@ -121,3 +121,24 @@ def test_files_of_other_editors(tmp_path):
     (tmp_path / VOTES).write_bytes(text.encode() + b'\n{"id": "\xff"}')
     with pytest.raises(UserError, match="line 4: wanted is"):
         read(tmp_path)
+
+
+def test_votes_are_counted_once_and_by_one_process(tmp_path):
+    """All processes draw from one tally, whatever is written to the file of votes meanwhile."""
+    sizes = {"00000-000": 2}
+    calls: list[str] = []
+
+    def go(is_main: bool):
+        return counted(tmp_path, sizes, is_main, lambda: calls.append("met"))
+
+    for is_main in (True, False):
+        with pytest.raises(WaitsForVotes, match="wait"):
+            go(is_main)
+    (tmp_path / "votes.jsonl").write_text('{"id": "nobody", "winner": 0}\n')
+    with pytest.raises(UserError, match="line 1"):
+        go(True)
+    assert len(calls) == 3  # nobody is left waiting for the process that failed
+    (tmp_path / "votes.jsonl").write_text('{"id": "00000-000", "winner": 1}\n')
+    assert go(True)["00000-000"].tolist() == [0.0, 1.0]
+    (tmp_path / "votes.jsonl").write_text('{"id": "00000-000", "winner": 0}\n')
+    assert go(False)["00000-000"].tolist() == go(True)["00000-000"].tolist() == [0.0, 1.0]
