@@ -2,14 +2,17 @@
 
     python benchmarks/methods_on_sprites.py                # all methods, three seeds: five minutes each on one core
     python benchmarks/methods_on_sprites.py --methods diffusion-dpo sft rankdpo --steps 300
-    python benchmarks/methods_on_sprites.py --flips 0.2 --methods diffusion-dpo cdpo robust-dpo
+    python benchmarks/methods_on_sprites.py --flips 0.2 --tuned-on benchmarks/results/methods-sprites-sdxl --methods kto
     python benchmarks/methods_on_sprites.py --seconds      # what a step of each costs, on one core
     python benchmarks/methods_on_sprites.py --table        # the table of what is there, as Markdown
+    python benchmarks/methods_on_sprites.py --table --by-flips    # gold gain by share of wrong labels
 
-One set of pictures (prompts x images) is sampled from the base and judged once, and read as pairs, as ranked lists or
-as single pictures liked or not; `--flips` turns a share of the pairs round. Each method trains once with each of three
-strengths (its beta, times 1/5, 1, 5; without one, the learning rate times 1/3, 1, 3). The strength with the best gold
-score on tuning prompts is trained with every seed and measured on other held-out prompts, with the base's noise.
+One set of pictures (prompts x images) is sampled from the base and judged once, and read as pairs (with or without the
+judge's scores), as ranked lists or as single pictures liked or not; `--flips` turns a share of the pairs, or of the
+likes, round. Each method trains once with each of three strengths (its beta, times 1/5, 1, 5; without one, the learning
+rate times 1/3, 1, 3). The strength with the best gold score on tuning prompts is trained with every seed and measured
+on other held-out prompts, with the base's noise. `--tuned-on` takes the strength that a folder of results chose, such
+as that of the right labels, instead of tuning.
 
 A result is a file per method in benchmarks/results/methods-<model>[-flips-<share>]/, and a method that has one is not
 done again; several processes may share the work by naming different methods. A killed run goes on where it was.
@@ -67,6 +70,8 @@ LEFT_OUT = {
 }
 LISTWISE = ("rankdpo", "lipo-lambda", "plackett-luce", "pro", "all-pairs")
 SINGLES = ("kto",)
+SCORED = ("smpo-labels",)
+TEMPERATURE = 0.25  # of their Bradley-Terry labels: about the mean gap of a pair
 
 
 @dataclass(frozen=True)
@@ -78,11 +83,13 @@ class Strength:
 
 
 # 1000 is the demo's for the SDXL-architecture model. KTO's beta counts double, JS has slope 1/2. Without a reference a
-# unit of margin is a difference of whole errors, which is some twenty times larger.
+# unit of margin is a difference of whole errors, which is some twenty times larger. Of SmPO's labels a certain one has
+# ten times its beta.
 DPO_BETA = 1000.0
 STRENGTHS = {
     "kto": Strength("beta", 2 * DPO_BETA),
     "f-dpo-js": Strength("beta", 2 * DPO_BETA),
+    "smpo-labels": Strength("beta", DPO_BETA / 10),
     "simpo": Strength("beta", 50.0),
     "cpo": Strength("beta", 50.0),
     "orpo": Strength("weight", 0.1),
@@ -93,6 +100,13 @@ STRENGTHS = {
 }
 
 
+def offline_methods() -> list[str]:
+    """All that learn from recorded pictures and are not left out."""
+    files = {name: config_folder() / "methods" / f"{name}.yaml" for name in config_names("methods")}
+    sources = {name: yaml.safe_load(path.read_text())["source"]["name"] for name, path in files.items()}
+    return [name for name, source in sources.items() if source == "offline" and name not in LEFT_OUT]
+
+
 def data_of(model: str, root: Path, num_prompts: int, flips: float) -> dict[str, Path]:
     """Pairs, lists and single pictures of the same samples; made once."""
     spec = f"sprites:train:{num_prompts}:two"
@@ -100,8 +114,10 @@ def data_of(model: str, root: Path, num_prompts: int, flips: float) -> dict[str,
     images = generate(replace(config, generate=replace(config.generate, out=str(root / "images"))))
     made = labelled(config, images, root)
     made["singles"] = singles(made["ranking"], root / "singles")
+    made["scored"] = scored(made["all-pairs"], root / "scored")
     if flips:
-        made["all-pairs"] = flipped(made["all-pairs"], root / f"all-pairs-flipped-{flips}", flips)
+        for kind in ("all-pairs", "singles"):
+            made[kind] = flipped(made[kind], root / f"{kind}-flipped-{flips}", flips)
     return made
 
 
@@ -132,13 +148,23 @@ def singles(path: Path, out: Path) -> Path:
     return out
 
 
+def scored(path: Path, out: Path) -> Path:
+    """The pairs with the judge's scores as utilities."""
+    if not (out / "done.json").is_file():
+        with RecordWriter(out) as writer:
+            for _, record in good_records(build("data", {"name": "records", "path": str(path)}), Report()):
+                writer.write(replace(record, utility=record.scores[GOLD]))
+        write_json(out / "done.json", {})
+    return out
+
+
 def flipped(path: Path, out: Path, share: float) -> Path:
-    """The pairs with a share of the labels turned round, each decided by its number."""
+    """The pairs, or the single pictures, with a share of the labels turned round, each decided by its number."""
     if not (out / "done.json").is_file():
         with RecordWriter(out) as writer:
             for row, record in good_records(build("data", {"name": "records", "path": str(path)}), Report()):
                 turn = np.random.default_rng([0, row]).random() < share
-                writer.write(replace(record, utility=record.utility[::-1]) if turn else record)
+                writer.write(replace(record, utility=tuple(1 - u for u in record.utility)) if turn else record)
         write_json(out / "done.json", {"share": share})
     return out
 
@@ -164,6 +190,8 @@ def settings_of(method: str, flips: float) -> Iterator[dict[str, Any]]:
             objective["beta_loser"] = section["beta_loser"] * value / section["beta"]
         if "nats" in objective:
             objective["nats"] = NATS
+        if method in SCORED:
+            objective["temperature"] = TEMPERATURE
         yield {"objective": objective, "train": {"lr": RATE}}
 
 
@@ -171,7 +199,8 @@ def config_of(
     model: str, method: str, data: dict[str, Path], setting: dict[str, Any], seed: int, steps: int, out: Path
 ) -> Config:
     """One run."""
-    kind = "ranking" if method in LISTWISE else "singles" if method in SINGLES else "all-pairs"
+    kinds = {"ranking": LISTWISE, "singles": SINGLES, "scored": SCORED}
+    kind = next((kind for kind, methods in kinds.items() if method in methods), "all-pairs")
     fixed = {
         "source": {
             "data": {"path": str(data[kind])},
@@ -182,7 +211,7 @@ def config_of(
         "train": {
             "out": str(out),
             "steps": steps,
-            "batch_size": {"all-pairs": 16, "ranking": 8, "singles": 32}[kind],  # 32 pictures a step
+            "batch_size": {"ranking": 8, "singles": 32}.get(kind, 16),  # 32 pictures a step
             "seed": seed,
             "sample_every": 0,
             "validate_every": 0,
@@ -230,7 +259,7 @@ def likelihood_facts(model: Any, config: Config, pairs: Path, cache: Path) -> di
     """
     section = {"name": "offline", "data": {"path": str(pairs)}, "holdout": 0.9, "cache_dir": str(cache)}
     source = build("source", section)
-    batches = source.prepare(model, Setting(seed=0, steps=1, batch_size=32))
+    batches = source.prepare(model, None, Setting(seed=0, steps=1, batch_size=32))
     reference = build("reference", {"name": "adapter_off"}).bind(model)
     likelihood = build("likelihood", {"name": "elbo", "draws": DRAWS})
     parts = [likelihood(model, reference, batch) for batch in batches.holdout(1000, 32)]
@@ -281,8 +310,11 @@ def prepare(arguments: argparse.Namespace) -> Bench:
 
 
 def tuned(bench: Bench, method: str, folder: Path) -> tuple[list[dict[str, Any]], int]:
-    """Gold score on the tuning prompts of each setting, and which is best."""
+    """Gold score on the tuning prompts of each setting (none where --tuned-on has it), and which is best."""
     rows: list[dict[str, Any]] = []
+    if bench.arguments.tuned_on:
+        rows = [{"setting": setting} for setting in settings_of(method, bench.arguments.flips)]
+        return rows, strength_of(read_json(bench.arguments.tuned_on / f"{method}.json"))
     for number, setting in enumerate(settings_of(method, bench.arguments.flips)):
         out = folder / f"tune-{number}"
         config = config_of(bench.arguments.model, method, bench.data, setting, 0, bench.arguments.steps, out)
@@ -290,6 +322,11 @@ def tuned(bench: Bench, method: str, folder: Path) -> tuple[list[dict[str, Any]]
         scores = pictures(with_adapter(config, out), config, bench.tuning, folder / f"tune-{number}-images", 1)
         rows.append({"setting": setting, "gold": float(scores[GOLD].mean())})
     return rows, max(range(len(rows)), key=lambda number: float(rows[number]["gold"]))
+
+
+def strength_of(result: dict[str, Any]) -> int:
+    """Which of the three a result chose."""
+    return [row["setting"] for row in result["tuning"]].index(result["setting"])
 
 
 def measured(bench: Bench, method: str, setting: dict[str, Any], folder: Path, seed: int, run: Path) -> dict[str, Any]:
@@ -315,7 +352,7 @@ def run_method(bench: Bench, method: str, result: Path) -> None:
     rows = []
     for seed in range(bench.arguments.seeds):
         # the tuning run of the chosen setting is seed 0's
-        run = folder / (f"tune-{best}" if seed == 0 else f"seed-{seed}")
+        run = folder / (f"tune-{best}" if seed == 0 and not bench.arguments.tuned_on else f"seed-{seed}")
         rows.append(measured(bench, method, tuning[best]["setting"], folder, seed, run))
     groups = [text for text in bench.final for _ in range(NUM_SEEDS_SAMPLED)]
     summary: dict[str, Any] = {}
@@ -333,6 +370,7 @@ def run_method(bench: Bench, method: str, result: Path) -> None:
             "of_prompts": ours.reshape(len(rows), -1, NUM_SEEDS_SAMPLED).mean(axis=(0, 2)).round(5).tolist(),
         }
     facts = {key: getattr(bench.arguments, key) for key in ("model", "steps", "prompts", "flips", "seeds")}
+    facts["tuned_on"] = bench.arguments.tuned_on and bench.arguments.tuned_on.name
     others = [{key: value for key, value in row.items() if key != "scores"} for row in rows]
     stamp = environment(str(World("auto", "auto").device))
     chosen = {"method": method, "setting": tuning[best]["setting"], "tuning": tuning}
@@ -356,23 +394,44 @@ COLUMNS = {
 }
 
 
+STRENGTH_NAMES = ("low", "mid", "high")
+
+
+def with_interval(mean: float, low: float, high: float) -> str:
+    """As the tables print it."""
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def difference(result: dict[str, Any] | None, other: dict[str, Any] | None) -> str:
+    """Gold gain minus the other's, paired by prompt; empty without another one."""
+    more = excess(result, other)
+    return "" if more is None else paired(more, np.zeros(len(more)))
+
+
+def excess(result: dict[str, Any] | None, other: dict[str, Any] | None) -> np.ndarray | None:
+    """Each prompt's gold score minus the other's; none without another one."""
+    if not result or not other or result["method"] == other["method"]:
+        return None
+    return np.subtract(result[GOLD]["of_prompts"], other[GOLD]["of_prompts"])
+
+
+def paired(ours: np.ndarray, others: np.ndarray) -> str:
+    """The mean difference over prompts."""
+    more = _statistics.mean_difference(ours, others)
+    return with_interval(more.mean, more.low, more.high)
+
+
 def cells(result: dict[str, Any], other: dict[str, Any], seconds: dict[str, float]) -> list[str]:
     """A method's row of the table; `other` is the result it is compared with, empty where there is none."""
     gold, proxy, runs = result[GOLD], result[PROXY], result["runs"]
-    chosen = [row["setting"] for row in result["tuning"]].index(result["setting"])
     win, low, high = (100 * value for value in gold["win"])
-    gain, least, most = gold["gain"]
     mean = {key: statistics.mean(row[key] for row in runs) for key in runs[0]}
-    against = ""
-    if other and result["method"] != other["method"]:
-        more = _statistics.mean_difference(gold["of_prompts"], other[GOLD]["of_prompts"])
-        against = f"{more.mean:+.3f} [{more.low:+.3f}, {more.high:+.3f}]"
     return [
         result["method"],
-        ("low", "mid", "high")[chosen],
-        f"{gain:+.3f} [{least:+.3f}, {most:+.3f}]",
+        STRENGTH_NAMES[strength_of(result)],
+        with_interval(*gold["gain"]),
         " ".join(f"{value - gold['base']:+.3f}" for value in gold["of_seeds"]),
-        against,
+        difference(result, other),
         f"{win:.1f} % [{low:.1f}, {high:.1f}]",
         f"{proxy['gain'][0]:+.3f}",
         f"{mean['drift']:.4f}",
@@ -412,8 +471,42 @@ def table(folder: Path, against: str) -> str:
     """Markdown of all results there, best gold gain first, compared with that of `against`."""
     results = sorted((read_json(path) for path in folder.glob("*.json")), key=lambda r: -r[GOLD]["gain"][0])
     seconds = read_json(seconds_file(folder)).get("seconds_per_step", {})
-    other = next((result for result in results if result["method"] == against), {})
+    other: dict[str, Any] = next((result for result in results if result["method"] == against), {})
     rows = [list(COLUMNS), ["---"] * len(COLUMNS), *(cells(result, other, seconds) for result in results)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def table_by_flips(results: Path, against: str) -> str:
+    """Markdown of the methods measured on wrong labels too; `results` are those of right ones.
+
+    Columns: gold gain by share of wrong labels; the same minus that of `against` on the same labels; how much of this
+    difference came with the wrong labels; accuracy and drift by share.
+    """
+    folders = {0.0: results}
+    for folder in results.parent.glob(f"{results.name}-flips-*"):
+        folders[float(folder.name.rpartition("-")[2])] = folder
+    shares = sorted(folders)
+    found = [{path.stem: read_json(path) for path in sorted(folders[share].glob("*.json"))} for share in shares]
+    header = ["method", "strength"]
+    for column, first in (("gold gain", 0), (f"against {against}", 0), ("of this by wrong labels", 1)):
+        header += [f"{column}, {100 * share:.0f} %" for share in shares[first:]]
+    rows = [header + ["accuracy", "drift"]]
+    rows.append(["---"] * len(rows[0]))
+    for method in dict.fromkeys(method for there in found[1:] for method in there):
+        ours, others = ([there.get(name) for there in found] for name in (method, against))
+        measured = [result for result in ours if result]
+        row = [method, " ".join(dict.fromkeys(STRENGTH_NAMES[strength_of(result)] for result in measured))]
+        row += [with_interval(*result[GOLD]["gain"]) if result else "" for result in ours]
+        row += [difference(*pair) for pair in zip(ours, others, strict=True)]
+        before = excess(ours[0], others[0])
+        for pair in zip(ours[1:], others[1:], strict=True):
+            after = excess(*pair)
+            row.append("" if before is None or after is None else paired(after, before))
+        for fact, form in (("implicit_accuracy", "{:.0%}"), ("drift", "{:.3f}")):
+            row.append(
+                " ".join(form.format(statistics.mean(run[fact] for run in result["runs"])) for result in measured)
+            )
+        rows.append(row)
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -421,7 +514,7 @@ def main() -> None:
     """Runs what is missing and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="sprites-sdxl")
-    parser.add_argument("--methods", nargs="*", default=[m for m in config_names("methods") if m not in LEFT_OUT])
+    parser.add_argument("--methods", nargs="*", default=offline_methods())
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--prompts", type=int, default=500)
@@ -431,6 +524,8 @@ def main() -> None:
     parser.add_argument("--seconds", action="store_true", help="measure the steps' processor time alone")
     parser.add_argument("--against", default="diffusion-dpo", help="the method that the table compares with")
     parser.add_argument("--table", action="store_true", help="print the table of what is there")
+    parser.add_argument("--by-flips", action="store_true", help="with --table: gold gain by share of wrong labels")
+    parser.add_argument("--tuned-on", type=Path, help="folder of results whose strengths are taken instead of tuning")
     arguments = parser.parse_args()
     suffix = f"-flips-{arguments.flips}" if arguments.flips else ""
     results = arguments.results or Path(__file__).parent / "results" / f"methods-{arguments.model}{suffix}"
@@ -446,7 +541,7 @@ def main() -> None:
                 print(
                     f"{method:18s} gold {gold['mean']:.4f} (base {gold['base']:.4f}), gain {gold['gain']}", flush=True
                 )
-    print(table(results, arguments.against))
+    print((table_by_flips if arguments.by_flips else table)(results, arguments.against))
 
 
 if __name__ == "__main__":
