@@ -10,6 +10,7 @@ Every sampler is a grid of (t, s) steps, an eta and the schedule's `reverse_step
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -106,6 +107,11 @@ def _plan(schedule: Schedule, sampler: str, num_steps: int, eta: float) -> _Plan
     first = torch.tensor(steps[0][0], dtype=torch.float64)
     scale = 1.0 if schedule.spacing == "leading" else schedule.alpha_sigma(first)[1].item()
     return _Plan(schedule, steps, 0.0, scale)
+
+
+def log_density(x_prev: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """log N(x_prev; mean, std^2) of every element, constants included; the tensors broadcast, std is positive."""
+    return -0.5 * ((x_prev - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
 
 
 def grid(schedule: Schedule, sampler: str, num_steps: int, eta: float) -> list[tuple[float, float]]:

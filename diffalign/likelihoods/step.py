@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -11,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffalign.sampling import predict
+from diffalign.sampling import log_density, predict
 from diffalign.types import Denoiser, Likelihoods, Reference, Schedule, StepBatch
 
 
@@ -73,15 +72,15 @@ class Step:
             each = values.mean(dim=-1) if self.reduction == "mean" else values.sum(dim=-1)
             return (weight * each).sum(dim=-1)
 
-        def log_density(mean: Tensor) -> Float[Tensor, "B K"]:
-            return reduced(-0.5 * ((x_prev - mean) / safe).square() - safe.log() - 0.5 * math.log(2 * math.pi))
+        def logp_of(mean: Tensor) -> Float[Tensor, "B K"]:
+            return reduced(log_density(x_prev, mean, safe))
 
         logp_old = batch.logp_old
         if logp_old is not None and self.reduction == "sum":
             logp_old = logp_old * x_prev.shape[-1]
         return Likelihoods(
-            logp=log_density(mean),
-            logp_ref=None if mean_ref is None else log_density(mean_ref),
+            logp=logp_of(mean),
+            logp_ref=None if mean_ref is None else logp_of(mean_ref),
             utility=batch.utility,
             mask=batch.mask,
             t=batch.t.mean(dim=1),

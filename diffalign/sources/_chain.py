@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from diffalign import randomness
 from diffalign.data import PromptCond
-from diffalign.sampling import predict
+from diffalign.sampling import log_density, predict
 
 if TYPE_CHECKING:
     from diffalign.sources.branching import Branching
@@ -99,8 +98,7 @@ class Chain:
             mean, std = self.schedule.reverse_step(moments_pred.flatten(0, 1), xt.flatten(0, 1), *times, self.eta)
             noise = self._noise(f"pool {index}", k).flatten(0, 1)
             x_prev = self._rounded(mean + std * noise)
-            density = -0.5 * ((x_prev - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
-            logp = density.flatten(1).mean(dim=1)
+            logp = log_density(x_prev, mean, std).flatten(1).mean(dim=1)
             path.append(Transition(index, xt, x_prev.unflatten(0, (num, k)), logp.unflatten(0, (num, k))))
             xt = path[-1].x_prev
         return path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from diffalign import randomness
 from diffalign.data import PromptCond
-from diffalign.sampling import SamplerStep, predict, sample, stochastic_steps
+from diffalign.sampling import SamplerStep, log_density, predict, sample, stochastic_steps
 from diffalign.sources._sampled import Mixed, ReferenceDenoiser, stochastic_sampler
 from diffalign.types import Setting, UserError
 
@@ -76,8 +75,7 @@ class Recorder:
             if not kept:
                 kept.append(step.xt.cpu())
             kept.append(step.x_prev.cpu())
-            z = ((step.x_prev - step.mean) / step.std).square()
-            density = -0.5 * z - step.std.log() - 0.5 * math.log(2 * math.pi)
+            density = log_density(step.x_prev, step.mean, step.std)
             logp.append(density.flatten(1).mean(dim=1).float().cpu())
             times.append((step.t, step.s))
 
