@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test check lint fmt clean
+.PHONY: setup demo app test check lint fmt clean
 
 setup: $(READY)
 
@@ -19,17 +19,21 @@ MODEL ?= sprites-sdxl
 demo: setup
 	$(BIN)/python -m diffalign demo $(MODEL)
 
+# Compare, vote, browse, watch and train in the browser, on the embedded models.
+app: setup
+	$(BIN)/python -m diffalign app
+
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/mypy diffalign
+	$(BIN)/mypy diffalign gradio_app
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/mypy diffalign
+	$(BIN)/mypy diffalign gradio_app
 
 fmt: setup
 	$(BIN)/ruff check --fix .

@@ -9,8 +9,8 @@ two objects, judged by the gold judge. All have one learning rate and schedule (
 apart no better than chance, and more would cost more than the runs), every seed is trained and measured on held-out
 prompts, with the base's noise.
 Offline DPO samples its pictures from the base beforehand and trains on all pairs of them for as many optimizer steps as
-its row says; `offline-dpo-seconds` goes on as long as the slowest method took. `seppo`, `sspo`, `reward-po` and `hypo`
-learn from offline DPO's pairs and sample a rival for each record on top of them: their row says how many pictures.
+its row says; `offline-dpo-seconds` goes on as long as the slowest method took. SePPO and its relatives (`RIVALS`) learn
+from offline DPO's pairs and sample a rival for each record on top of them: their row says how many pictures.
 Seconds are of the processor, so that other work on the machine does not count.
 
 SPO judges previews, for which the exact judge of finished pictures is a poor one (`spo-gold`): its row is judged by the
@@ -48,9 +48,10 @@ from diffalign.sprites.scene import prompts
 
 STEPS = 20  # of the sampler, in training
 NUM_SEEDS_SAMPLED = 2  # pictures per final prompt
-RECORDED = ("offline-dpo", "offline-dpo-seconds", "seppo", "sspo", "reward-po", "hypo")  # learn from offline pictures
+RIVALS = ("seppo", "seppo-draws", "seppo-no-flip", "sspo", "reward-po", "hypo")
 TRAIN_PROMPTS = "sprites:train:400:two"
 OFFLINE = ("offline-dpo", "offline-dpo-seconds")
+RECORDED = (*OFFLINE, *RIVALS)  # learn from offline pictures
 SAMPLER = {"num_steps": STEPS, "cfg_scale": 1.0, "batch_size": 32}  # as the evaluation: guidance alone lifts the base
 
 
@@ -168,6 +169,9 @@ METHODS = {
         | {"objective": {"terms": [{"name": "pair", "beta": 1000.0}, EXPLORE]}},
     ),
     "seppo": _rivals("seppo", reference=_pool(16), objective={"beta": 1000.0}),
+    # the anchor's sign of eight draws in place of one, and no flip at all, which is Diffusion-DPO against the rivals
+    "seppo-draws": _rivals("seppo", reference=_pool(16), objective={"beta": 1000.0}, likelihood={"draws": 8}),
+    "seppo-no-flip": _rivals("seppo", reference=_pool(16), objective={"beta": 1000.0, "flip": "none"}),
     "sspo": _rivals("sspo", reference=_pool(16), objective={"beta": 1000.0}),
     "reward-po": _rivals(
         "reward-po",

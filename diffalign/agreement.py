@@ -58,8 +58,12 @@ def verdict_tables(
     Every pair counts half in each order, so that nothing depends on the order of the images. Sums over prompts are what
     `kappa` takes; a gap of at most `min_margin` is a tie.
     """
-    num = len(values)
-    gap = (values[:, None] - values[None])[~np.eye(num, dtype=bool)]  # [K (K - 1), J]
+    return gap_tables(values[:, None] - values[None], min_margin)
+
+
+def gap_tables(gaps: Float[NDArray[np.float64], "K K J"], min_margin: float = 0.0) -> Float[NDArray, "J J 3 3"]:
+    """`verdict_tables` of by how much each scorer says that the row's image is better than the column's."""
+    gap = gaps[~np.eye(len(gaps), dtype=bool)]  # [K (K - 1), J]
     said = np.where(np.abs(gap) <= min_margin, 0, np.sign(gap)).astype(int) + 1
     one_hot = np.eye(3)[said]  # [K (K - 1), J, 3]
     return np.einsum("pax,pby->abxy", one_hot, one_hot) / 2

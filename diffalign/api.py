@@ -9,37 +9,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffalign.config import Config, resolve
+from diffalign.config import Config, config_names, resolve
+from diffalign.errors import UserError
 from diffalign.registry import build
 
 if TYPE_CHECKING:
+    from diffalign.browsing import Library, Query
+    from diffalign.launching import Launcher
+    from diffalign.launching._form import Field
+    from diffalign.ranking import Standings
+    from diffalign.recipes._painter_studio import Studio
     from diffalign.recipes.evaluate import Evaluation
+    from diffalign.recipes.painter import Painter
     from diffalign.recipes.stages import StagesResult
     from diffalign.recipes.sweep import SweepResult
     from diffalign.recipes.train import TrainResult
     from diffalign.recipes.train_scorer import ScorerResult
+    from diffalign.recipes.voting import Voting
+    from diffalign.runs import Run, RunView
+    from diffalign.runs._charts import Drawer
+    from diffalign.votes import VoteBook
 
 __all__ = [
+    "Config",
+    "UserError",
+    "browse_query",
     "build",
     "check",
+    "command_line",
     "compare",
+    "config_differences",
+    "config_names",
     "configure",
+    "data_library",
     "demo",
+    "difference",
     "evaluate",
+    "example_pairs",
     "export",
     "filter",
+    "find_data_sets",
+    "find_runs",
+    "form_fields",
     "generate",
     "label",
+    "launcher",
+    "painter",
+    "read_run",
+    "run_charts",
     "score",
     "stages",
+    "standings",
+    "studio",
     "sweep",
     "train",
     "train_scorer",
+    "view_run",
+    "vote_book",
+    "voting",
 ]
 
 Section = Mapping[str, Any]
@@ -151,6 +183,27 @@ def compare(
     return statistics(scores, prompts, seeds, baseline, **options)
 
 
+def painter(*, device: str = "auto") -> Painter:
+    """The process's `Painter`: pictures while somebody waits, of models that stay loaded."""
+    from diffalign.recipes.painter import shared
+
+    return shared(device)
+
+
+def studio(*, config: Config, folder: Path, roots: Sequence[Path], below: Callable[[str], Path]) -> Studio:
+    """Models and adapters to compare, and comparisons of them; see `diffalign.recipes._painter_studio.Studio`."""
+    from diffalign.recipes._painter_studio import Studio
+
+    return Studio(config, folder, roots, below)
+
+
+def difference(first: Any, second: Any) -> tuple[Any, float, int]:
+    """(|first - second| amplified, its mean in grey levels, the gain) of two PIL images."""
+    from diffalign.recipes._painter_comparison import difference as of
+
+    return of(first, second)
+
+
 def export(*, configs: Sequence[str | Section] = (), **sections: Section) -> Path:
     """Writes a run's weights in another format (section `export`); returns the folder."""
     from diffalign.recipes.export import export as recipe
@@ -173,3 +226,112 @@ def demo(
 
     config = configure(configs=[model, "diffusion-dpo", "demo", f"demo-{model}"], **sections)
     return recipe(replace(config, title=f"demo-{model}"), Path(out or f"runs/demo-{model}"), quiet)
+
+
+def find_runs(*, roots: Sequence[Path]) -> list[Run]:
+    """The training runs below folders, the newest first, and how each stands."""
+    from diffalign.runs import find_runs as find
+
+    return find(roots)
+
+
+def read_run(*, folder: Path) -> Run | None:
+    """How the run in `folder` stands now; None where it holds no run."""
+    from diffalign.runs import is_run
+    from diffalign.runs import read_run as read
+
+    return read(folder) if is_run(folder) else None
+
+
+def view_run(*, folder: Path) -> RunView:
+    """A run to look at while it grows: curves, sample grids, config and events."""
+    from diffalign.runs import RunView as View
+
+    return View(folder)
+
+
+def config_differences(*, first: Path, second: Path) -> list[tuple[str, Any, Any]]:
+    """(key, of the first, of the second) of every key in which two runs' resolved configs differ."""
+    from diffalign.runs import config_differences as differences
+
+    return differences(first, second)
+
+
+def run_charts() -> Drawer:
+    """Draws the curves of one or two runs as SVG."""
+    from diffalign.runs._charts import Drawer as Charts
+
+    return Charts()
+
+
+def form_fields(*, configs: Sequence[str]) -> list[Field]:
+    """The keys of the training that these configs describe, as the fields of a form."""
+    from diffalign.launching._form import form_fields as fields
+
+    return fields(configs)
+
+
+def launcher(*, folder: Path, roots: Sequence[Path], max_runs: int = 1, configs: Sequence[str] = ()) -> Launcher:
+    """Starts, stops and resumes trainings as processes; see `diffalign.launching.Launcher`."""
+    from diffalign.launching import Launcher as Starts
+
+    return Starts(folder, roots, max_runs, configs)
+
+
+def command_line(*, words: Sequence[str], verb: str = "train") -> str:
+    """`diffalign VERB WORDS`, ready to be pasted into a shell."""
+    from diffalign.launching import command
+
+    return command(words, verb)
+
+
+def example_pairs(*, path: Path, num: int = 160) -> Path:
+    """Preference pairs drawn in the sprites world, made where the file is not there yet."""
+    from diffalign.sprites.preferences import rendered_pairs, write_pairs
+
+    if not path.is_file():
+        write_pairs(path, rendered_pairs(num, seed=0))
+    return path
+
+
+def voting(path: Path, *, aspects: Sequence[str] = ()) -> Voting:
+    """The votes in a file, made where there is none, and what is voted on; see `diffalign.recipes.voting.Voting`."""
+    from diffalign.recipes.voting import Voting as Open
+
+    return Open(path, aspects)
+
+
+def vote_book(path: Path) -> VoteBook:
+    """The votes in a file, made where there is none."""
+    from diffalign.votes import VoteBook as Book
+
+    return Book(path)
+
+
+def standings(votes: Iterable[Any], **options: Any) -> Standings:
+    """Bradley-Terry strengths of `VoteBook.votes` with intervals, and how far the voters agree; see
+    `diffalign.ranking`."""
+    from diffalign import ranking
+
+    return ranking.standings(ranking.outcomes_of(votes), **options)
+
+
+def find_data_sets(roots: Sequence[Path]) -> list[Path]:
+    """What looks like preference data below folders."""
+    from diffalign.browsing._files import find_data_sets as find
+
+    return find(roots)
+
+
+def data_library(*, folder: Path, below: Callable[[str | Path], Path]) -> Library:
+    """Opens preference data sets to look through and correct; see `diffalign.browsing`."""
+    from diffalign.browsing import Library as Open
+
+    return Open(folder, below)
+
+
+def browse_query(**fields: Any) -> Query:
+    """Which records of a data set to look at, in which order; see `diffalign.browsing.Query`."""
+    from diffalign.browsing import Query as Asked
+
+    return Asked(**fields)

@@ -33,6 +33,7 @@ VERBS = {
     "export": "a run's weights as diffusers LoRA or pipeline, or with webui keys",
     "check": "dry run on a tiny twin; estimates memory, disk and time of the real one",
     "demo": "the whole loop on an embedded model (sprites-sdxl or sprites-sd3)",
+    "app": "compare, vote, browse, watch and train in the browser",
     "convert-beta": "one beta in the conventions of papers and code bases",
     "list": "methods, models, scorers or data",
     "doctor": "what this machine has",
@@ -130,6 +131,9 @@ def _run(arguments: argparse.Namespace) -> None:
         overrides: dict[str, Any] = resolve_overrides([token for token in tokens if "=" in token])
         show_evaluation(api.demo(model=models[0], quiet=arguments.quiet, **overrides))
         return
+    if verb == "app":
+        serve(tokens, arguments.quiet)
+        return
     if not tokens:
         raise UserError(
             "name a config, such as sdxl or a path, or give key=value; `diffalign list methods` shows names"
@@ -141,25 +145,45 @@ def _run(arguments: argparse.Namespace) -> None:
         return
     options = {} if verb == "export" else {"quiet": arguments.quiet}
     result = getattr(api, verb.replace("-", "_"))(configs=tokens, **options)
-    _show(verb, result)
+    from diffalign.distributed import is_main_process
+
+    if is_main_process():
+        _show(verb, result)
 
 
 def _score_words(arguments: argparse.Namespace) -> list[str]:
     """`score IMAGES --prompts FILE scorers=[...]` in the words of all verbs: score.images=IMAGES and so on."""
     from dataclasses import fields
 
+    from diffalign.config import config_names
     from diffalign.sections import Score
 
     keys = {field.name for field in fields(Score)}
+    known = [name for kind in ("models", "methods", "runs") for name in config_names(kind)]
     words: list[str] = []
     for word in arguments.config:
         if word.partition("=")[0] in keys and "=" in word:
             words.append(f"score.{word}")
-        elif "=" not in word and Path(word).suffix not in (".yaml", ".yml") and Path(word).exists():
-            words.append(f"score.images={word}")
-        else:
+        elif "=" in word or Path(word).suffix in (".yaml", ".yml") or (word in known and not Path(word).exists()):
             words.append(word)
+        else:
+            words.append(f"score.images={word}")
     return words + ([f"score.prompts={arguments.prompts}"] if arguments.prompts else [])
+
+
+def serve(tokens: Sequence[str], quiet: bool) -> None:
+    """The app, until it is interrupted.
+
+    Raises:
+        UserError: gradio is not installed, or a setting does not fit.
+    """
+    try:
+        import gradio_app
+    except ModuleNotFoundError as error:
+        if error.name not in ("gradio", "gradio_app"):
+            raise
+        raise UserError("the app needs gradio: pip install 'diffalign[ui]'") from error
+    gradio_app.serve(tokens, quiet)
 
 
 def resolve_overrides(tokens: Sequence[str]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from diffalign.registry import build, build_dataclass, suggest
 from diffalign.sections import (
     SECTIONS,
     Agree,
+    App,
     Evaluate,
     Export,
     Filter,
@@ -62,6 +63,7 @@ class Config:
     stop: Stop = field(default_factory=Stop)
     sweep: Sweep = field(default_factory=Sweep)
     log: Log = field(default_factory=Log)
+    app: App = field(default_factory=App)
     names: Mapping[str, str] = field(default_factory=dict)  # component -> its name
     unnamed: Mapping[str, Any] = field(default_factory=dict)  # components of which keys are given, but no name
     title: str = "run"  # from the config files' names, for the default run folder

@@ -5,6 +5,7 @@ Everything else sees a rank, a size, a few reductions and a backward pass.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -13,6 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from diffalign.types import UserError
+
+
+def is_main_process() -> bool:
+    """Whether this is the one process of a launch that prints; known before there is a `World`, and after."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class World:

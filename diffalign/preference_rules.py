@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 
-Prefer = Literal["sum", "votes", "maximin", "pareto", "jury"]
+Prefer = Literal["sum", "votes", "maximin", "pareto", "jury", "pairwise"]
 Pairing = Literal["best-worst", "best-vs-rest", "all-pairs"]
 
 
@@ -59,8 +59,11 @@ def utility(
 ) -> Float[NDArray[np.float64], " K"]:
     """One number per image: the weighted sum, `vote_shares`, or for `maximin` the worst of its standardised scores.
 
-    `pareto` and `jury` compare two images at a time and order nothing; theirs is the weighted sum too.
+    `pareto` and `jury` compare two images at a time and order nothing; theirs is the weighted sum too. Of `pairwise`,
+    whose `values` [K K] are P(row beats column), it is the mean probability to beat the others.
     """
+    if prefer == "pairwise":
+        return (values.sum(axis=1) - values.diagonal()) / max(1, len(values) - 1)
     if prefer == "votes":
         return vote_shares(values)
     if prefer == "maximin":
@@ -83,7 +86,13 @@ def compare(
         scorer round. `size` is the weighted sum of the gaps.
     `jury`: a scorer votes where its gap exceeds `min_margin`; the majority wins where at least `min_agreement` of all
         scorers, abstentions among them, voted for it. `size` is (votes for - votes against) / J.
+    `pairwise`: `values` [K K] are P(row beats column) of a judge who compares two images at a time, perhaps in a
+        circle; `size` is P(i over j) - P(j over i). The extremes are the images that win most and least on the mean.
     """
+    if prefer == "pairwise":
+        size, share = values - values.T, utility(values, prefer, weights)
+        best, worst = int(share.argmax()), int(share.argmin())
+        return Verdict(size > min_margin, size, (best, worst), bool(size[best, worst] > min_margin))
     if prefer == "pareto":
         signed = np.asarray(weights, float)
         gap = (values[:, None] - values[None]) * np.sign(signed)
@@ -105,8 +114,8 @@ def compare(
 
 def win_probability(size: float, prefer: Prefer, temperature: float) -> float:
     """That an image is better than another by how much: Bradley-Terry's sigmoid(size / temperature); of a `jury` the
-    share of its votes, abstentions counted half to each side."""
-    if prefer == "jury":
+    share of its votes, abstentions counted half to each side; of `pairwise` the judge's own."""
+    if prefer in ("jury", "pairwise"):
         return (1 + size) / 2
     return float(0.5 * (1 + np.tanh(size / temperature / 2)))  # the sigmoid, without overflow
 

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator
 
 from diffalign.errors import UserError
 
+TABS = ("compare", "vote", "leaderboard", "browse", "watch", "train")
 User = str | int | dict[str | int, float] | None
 
 
@@ -79,6 +80,7 @@ class TrainScorer:
     batch_size: int = 64  # pairs per optimizer step
     micro_batch_size: int | None = None  # pairs per forward call; default: all
     lr: float = 3e-6
+    modulation_lr: float | None = None  # of what a step-aware scorer learns of the timestep, from zero; default: lr
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_steps: int = 500
     optimizer: Literal["adamw", "adamw8bit", "adafactor"] = "adamw"
@@ -100,6 +102,10 @@ class TrainScorer:
                 raise UserError(f"train_scorer.{name} must be at least 1 (got {getattr(self, name)})")
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise UserError(f"train_scorer.micro_batch_size must be at least 1 (got {self.micro_batch_size})")
+        if self.modulation_lr is not None and not (self.step_aware and self.lr > 0):
+            raise UserError(
+                "train_scorer.modulation_lr is for train_scorer.step_aware, and wants a train_scorer.lr above 0"
+            )
         if not 0 <= self.tie_gap < 1:
             raise UserError(f"train_scorer.tie_gap is a difference of probabilities in [0, 1) (got {self.tie_gap})")
         if (self.labels == "scorer") != (self.label_scorer is not None):
@@ -187,21 +193,26 @@ class Label:
     scorer: str | None = None  # the one that labels; default: the only one there
     scorers: tuple[str, ...] = ()  # several that label together; default with another `prefer` than sum: all there
     # how several make one preference: weighted sum; votes: share of comparisons won (Syn-Pic, 2410.18013); maximin:
-    # worst standardised score (DSTC); pareto: nowhere worse, somewhere better; jury: majority of scorers
-    prefer: Literal["sum", "votes", "maximin", "pareto", "jury"] = "sum"
+    # worst standardised score (DSTC); pareto: nowhere worse, somewhere better; jury: majority of scorers; pairwise: no
+    # scores, but the probabilities of `judge`
+    prefer: Literal["sum", "votes", "maximin", "pareto", "jury", "pairwise"] = "sum"
+    judge: str | dict[str, Any] | None = None  # pairwise: {name: general_preference, path: ...}
     weights: tuple[float, ...] = ()  # of each of `scorers`, for sum and pareto; default 1 each
     # best-vs-rest: the best against each other one (Curry-DPO); ranking: one list per prompt; singles: each image
     # liked (1) or not (0); ladder: the best image above corrupted copies of itself
     rule: Literal["best-worst", "best-vs-rest", "all-pairs", "ranking", "singles", "ladder"] = "best-worst"
     # of pairs: (1, 0); soft: probabilities to win; sampled: (1, 0) to a winner drawn with that probability
     labels: Literal["hard", "soft", "sampled"] = "hard"
-    temperature: float = 1.0  # of soft and sampled: sigmoid(gap / temperature); a jury's probability is its vote share
+    # of soft and sampled: sigmoid(gap / temperature); a jury's probability is its vote share, pairwise has its own
+    temperature: float = 1.0
     min_margin: float = 0.0  # pairs whose scores differ by no more are not made; of singles, images as near to the cut
     min_agreement: float = 0.5  # jury: share of the scorers that must have voted for the winner
     like_above: float | None = None  # singles: liked where the utility exceeds this
     like_quantile: float | None = None  # singles: the cut is this quantile of all images; default 0.5
     by_users: bool = False  # every scorer of the file labels, as a user of its own name; label.scorer names none
-    captions: str | None = None  # JSONL of {file, caption} in the order of the scores: a caption per image (DCPO)
+    # a caption per image (DCPO): JSONL of {file, caption} in the order of the scores, or who is to write it:
+    # {name: vlm, path: ..., question: ... with {prompt} in it or not}
+    captions: str | dict[str, Any] | None = None
     perturb: float = 0.0  # share of the words of each loser's caption that are dropped or moved (DCPO-p, DCPO-h)
     degrade: Literal["blur", "jpeg", "noise", "downscale", "fade"] = "blur"  # ladder: what corrupts
     levels: int = 3  # ladder: corrupted copies, each worse than the one before
@@ -213,6 +224,10 @@ class Label:
     def __post_init__(self) -> None:
         if self.scorer is not None and self.scorers:
             raise UserError("label.scorer and label.scorers both name who labels: give one of them")
+        if (self.prefer == "pairwise") != (self.judge is not None):
+            raise UserError("label.prefer=pairwise and label.judge, who compares, go together: give both or none")
+        if self.judge is not None and (self.scorer is not None or self.scorers):
+            raise UserError("label.judge labels alone: leave label.scorer and label.scorers out")
         if self.weights and self.prefer not in ("sum", "pareto"):
             raise UserError(f"label.weights are for sum and pareto: leave them out with label.prefer={self.prefer}")
         if not self.temperature > 0:
@@ -454,6 +469,36 @@ class Agree:
             raise UserError("agree.rule=pickapic: give agree.tie_gap, or records in agree.validation to fit it on")
 
 
+@dataclass(frozen=True)
+class App:
+    """The Gradio app. It reads files below `roots` alone, and writes below `folder` alone."""
+
+    folder: str = "runs/app"  # votes.db, comparisons, drafts and versions of data sets, logs of runs
+    roots: tuple[str, ...] = ("runs",)  # folders whose runs, pictures and data sets may be looked at
+    tabs: tuple[str, ...] = ()  # those that are shown: compare, vote, leaderboard, browse, watch, train; default: all
+    host: str = "127.0.0.1"  # another address wants a password
+    port: int = 7860  # 0: any free one
+    share: bool = False  # a public link through gradio's servers; wants a password
+    password: str | None = None  # of every visitor, whose user name is the rater's; better in $DIFFALIGN_APP_PASSWORD
+    max_upload: int = 20  # megabytes of a file that a visitor sends
+    max_pictures: int = 256  # of one comparison
+    max_queue: int = 64  # requests that wait; more are refused
+    max_runs: int = 1  # trained at once
+    aspects: tuple[str, ...] = ()  # of a vote, beside the overall one
+    reveal: bool = True  # whether the leaderboard names the models
+
+    def __post_init__(self) -> None:
+        for unknown in set(self.tabs) - set(TABS):
+            raise UserError(f"app.tabs: {unknown!r} is none of {', '.join(TABS)}")
+        if not 0 <= self.port <= 65535:
+            raise UserError(f"app.port must lie in [0, 65535] (got {self.port})")
+        for name in ("max_upload", "max_pictures", "max_queue", "max_runs"):
+            if getattr(self, name) < 1:
+                raise UserError(f"app.{name} must be at least 1 (got {getattr(self, name)})")
+        if len(set(self.aspects)) != len(self.aspects) or "" in self.aspects:
+            raise UserError(f"app.aspects must be different names (got {', '.join(map(repr, self.aspects))})")
+
+
 SECTIONS = {
     "train": Train,
     "train_scorer": TrainScorer,
@@ -469,4 +514,5 @@ SECTIONS = {
     "stop": Stop,
     "sweep": Sweep,
     "log": Log,
+    "app": App,
 }

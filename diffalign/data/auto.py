@@ -11,7 +11,7 @@ from diffalign.data._files import is_remote, list_files, open_binary
 from diffalign.data._reader import Layout, Reader
 from diffalign.types import UserError
 
-LEGAL = "a Pick-a-Pic or record Parquet, a JSONL file, a folder of either, or a folder with w/ and l/"
+LEGAL = "a Pick-a-Pic or record Parquet, a JSONL file, a folder of either, a folder with w/ and l/, or votes.db"
 
 
 def _parquet_name(file: str) -> str:
@@ -41,6 +41,8 @@ def _detect(path: str | Path) -> str:
     text = str(path)
     if text.endswith(".jsonl"):
         return "jsonl"
+    if text.endswith((".db", ".sqlite")):
+        return "votes"
     if is_remote(text) or text.endswith(".parquet"):
         return _parquet_name(list_files(path, ".parquet")[0])
     folder = Path(path)

@@ -19,6 +19,7 @@ from diffalign.models._attention import set_attention
 from diffalign.models._config import Lora, ModelConfig
 from diffalign.models._fingerprint import fingerprint
 from diffalign.models._load import DTYPES, find_folder, load_pipeline
+from diffalign.models._quiet import CutPrompts, no_warnings
 from diffalign.models._user_branch import UserBranch
 from diffalign.models._user_encoder import UserSpec
 from diffalign.schedule import schedule_from_config
@@ -49,6 +50,7 @@ class Model:
         self.latent_channels: int = self.network.config.in_channels
         self.resolution: tuple[int, int] = self._resolution()
         self.dtype: torch.dtype = next(self.network.parameters()).dtype  # of the denoiser's base weights
+        self._cut_prompts = CutPrompts(self.pipeline, getattr(config, "max_sequence_length", 0))
         self._parked: list[nn.Module] = []  # in main memory between the calls that need them
         self._adapter_scale: dict[str, float] = {}  # of adapters loaded for generation
         self._prepare_training()
@@ -208,7 +210,8 @@ class Model:
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
         """Rows [n, ...] on the CPU in the encoders' dtype, equal to what the diffusers pipeline computes."""
-        with torch.no_grad(), self._present(self._text_encoders()):
+        with torch.no_grad(), self._present(self._text_encoders()), no_warnings():
+            self._cut_prompts.count(prompts)
             cond = self.family.encode(self.pipeline, list(prompts), self.config)
             return {name: value.cpu() for name, value in cond.items()}
 

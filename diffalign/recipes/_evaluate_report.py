@@ -35,7 +35,7 @@ class Evaluated:
 
     config: Config
     comparison: Comparison
-    spread: Spread
+    spread: Spread | None  # of the main process alone
     scorers: Mapping[str, Scorer]
     judges: Mapping[str, Mapping[str, Any]]  # scorer -> kind, trained
     gaps: Sequence[str]
@@ -77,7 +77,7 @@ def report_data(found: Evaluated, seconds: Mapping[str, float], device: str) -> 
         facts=facts,
         seconds=seconds,
         pictures=_pictures(found, main),
-        spread=dataclasses.asdict(found.spread),
+        spread=None if found.spread is None else dataclasses.asdict(found.spread),
         warnings=warnings,
         **parts,
     )

@@ -1,14 +1,15 @@
-"""Pictures before scorers: how a picture is read, and what a run does that cannot go on without every score."""
+"""Pictures before scorers: how they are read and asked about, and what a run does that needs every score."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
 from diffalign.data import BadRow
@@ -58,6 +59,52 @@ def open_image(path: Path) -> Image.Image:
     except (OSError, BadRow) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{path} is no readable image ({why}): make it again or take it out of the manifest") from error
+
+
+class Refusal(str):
+    """Why there is no answer about a picture, in place of one."""
+
+
+def asked(
+    name: str,
+    ask: Callable[[list[Image.Image], list[str]], Iterable[Any]],
+    images: Sequence[Image.Image],
+    prompts: Sequence[str],
+) -> list[Any]:
+    """What `ask` says of each picture, or a `Refusal`; a refused batch is halved until the culprits are alone.
+
+    Raises:
+        UserError: from `ask`: what it needs is not there.
+        RuntimeError: another number of answers than pictures.
+    """
+    try:
+        found = list(ask(list(images), list(prompts)))
+    except UserError:
+        raise
+    except (ValueError, torch.OutOfMemoryError) as error:
+        if len(images) > 1:
+            half = len(images) // 2
+            return asked(name, ask, images[:half], prompts[:half]) + asked(name, ask, images[half:], prompts[half:])
+        if not isinstance(error, ValueError):
+            raise
+        return [Refusal(" ".join(str(error).split()) or "ValueError")]
+    if len(found) != len(images):
+        raise RuntimeError(f"scorer {name} gave {len(found)} scores for {len(images)} images")
+    return found
+
+
+def answers(name: str, scorer: Scorer, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float | str]:
+    """A finite score, or why there is none, per picture.
+
+    Raises:
+        UserError, RuntimeError: see `asked`.
+    """
+    given = asked(name, scorer.score, images, prompts)
+    values = [value if isinstance(value, Refusal) else float(value) for value in given]
+    return [
+        value if isinstance(value, Refusal) or float("-inf") < value < float("inf") else f"gave {value}"
+        for value in values
+    ]
 
 
 def judge(

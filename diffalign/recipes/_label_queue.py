@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from diffalign import randomness
-from diffalign._atomic import write_atomic
+from diffalign._atomic import sweep, write_atomic
 from diffalign._json import to_json
 from diffalign.data import RecordWriter
 from diffalign.recipes._label_records import has_captions, images_of, record_of
@@ -44,6 +44,8 @@ def write_queue(folder: Path, pairs: dict[str, Entry], scored: Scored, settings:
     Raises:
         UserError: an image that cannot be read.
     """
+    for place in (folder, folder / IMAGES):
+        sweep(place)
     names: dict[str, list[str]] = {}
     for name, entry in pairs.items():
         images = images_of(scored, settings, entry.rows)
@@ -58,7 +60,7 @@ def write_queue(folder: Path, pairs: dict[str, Entry], scored: Scored, settings:
                 "id": name,
                 "prompt": entry.rows[0]["prompt"],
                 "files": [row["file"] for row in entry.rows],
-                "scores": [row["scores"] for row in entry.rows],
+                "scores": [row.get("scores", {}) for row in entry.rows],
                 "probability": entry.choice.probability,
                 "is_decided": entry.choice.is_decided,
             }

@@ -49,10 +49,11 @@ def record_of(
     """
     images, utility, prompt = images_of(scored, settings, rows), choice.utility, str(rows[0]["prompt"])
     files = [row["file"] for row in rows]
-    judged = [name for name in rows[0]["scores"] if all(has_score(row, name) for row in rows)]
+    judged = [name for name in rows[0].get("scores", ()) if all(has_score(row, name) for row in rows)]
     scores = {name: tuple(float(row["scores"][name]) for row in rows) for name in judged}
     meta: dict[str, Any] = {"files": files, "label": label or told(scored, settings, user)}
-    meta["scorers"] = {name: version_of(scored.scorers.get(name, {})) for name in judged}
+    judges = dict.fromkeys((*judged, *(scored.names if scored.judge is not None else ())))
+    meta["scorers"] = {name: version_of(scored.scorers.get(name, {})) for name in judges}
     if choice.probability is not None:
         meta["probability"] = choice.probability
     if settings.rule == "ladder":

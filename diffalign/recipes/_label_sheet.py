@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def _rows(
     entries: Sequence[Entry], queued: set[tuple[int, tuple[int, ...]]], scored: Scored, settings: Label
 ) -> list[dict[str, Any]]:
     """For the template; only as many as fit."""
-    plain = Scored(scored.path, scored.root, scored.names, None, scored.scorers)  # captions are not shown
+    plain = replace(scored, captions=None)  # captions are not shown
     records = [record_of(plain, settings, entry.rows, entry.choice) for entry in entries]
     rows = []
     embedded = embed([record.images for record in records], BUDGET)

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from diffalign import preference_rules, randomness
-from diffalign.agreement import kappa, verdict_tables
+from diffalign.agreement import gap_tables, kappa
+from diffalign.recipes._label_records import has_captions
 from diffalign.recipes._label_rules import Choice, choices, needed_images
 from diffalign.recipes._label_scores import Group, Scored
 from diffalign.sections import Label
@@ -112,11 +113,16 @@ class Survey:
         self.counts["prompts_with_too_few_images"] += len(group.rows) < needed_images(settings)
         if len(group.rows) > 1:
             is_of_each = settings.prefer in ("jury", "pareto") or len(self.scored.names) == 1
-            self.tables += verdict_tables(group.values, margin if is_of_each else 0.0)
+            values = group.values
+            # a judge who compares gives the gaps themselves
+            gaps = (values - values.T)[..., None] if settings.prefer == "pairwise" else values[:, None] - values[None]
+            self.tables += gap_tables(gaps, margin if is_of_each else 0.0)
         for _, choice in self.choices(group):
             self.num_choices += 1
             self.num_undecided += not choice.is_decided
             entry = Entry(group.number, [group.rows[place] for place in choice.places], choice)
+            if not has_captions(self.scored, entry.rows):
+                continue  # will be no record: nothing to show or to ask people about
             self.for_people.add((choice.is_decided, choice.certainty), entry)
             self.least.add((choice.is_decided, choice.certainty), entry)
             if choice.is_decided:

@@ -6,6 +6,7 @@ import importlib.util
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ def learning_rate(config: Train, step: int) -> float:
     return config.lr
 
 
-def build_optimizer(config: Train, parameters: list[Tensor]) -> torch.optim.Optimizer:
+def build_optimizer(config: Train, parameters: list[Tensor] | list[dict[str, Any]]) -> torch.optim.Optimizer:
     """AdamW (fused where the device has it), 8-bit AdamW through bitsandbytes, or Adafactor.
 
     Raises:

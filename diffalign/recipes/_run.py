@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from diffalign import __version__
-from diffalign._atomic import write_atomic
+from diffalign._atomic import sweep, write_atomic
 from diffalign.config import Config, fingerprint
 from diffalign.distributed import World
 from diffalign.types import UserError
@@ -33,16 +33,21 @@ class Run:
     is_new: bool
 
 
-def differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """The keys in which two resolved configs differ, as `section.key: old -> new`."""
+def changes(old: Any, new: Any, where: str = "") -> list[tuple[str, Any, Any]]:
+    """The keys in which two resolved configs differ: (section.key, old, new), None for what is not there."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         keys = list(dict.fromkeys([*old, *new]))
         return [
-            line
+            change
             for key in keys
-            for line in differences(old.get(key), new.get(key), f"{where}.{key}" if where else str(key))
+            for change in changes(old.get(key), new.get(key), f"{where}.{key}" if where else str(key))
         ]
-    return [] if old == new else [f"{where}: {old} -> {new}"]
+    return [] if old == new else [(where, old, new)]
+
+
+def differences(old: Any, new: Any) -> list[str]:
+    """`changes` as `section.key: old -> new`."""
+    return [f"{key}: {before} -> {after}" for key, before, after in changes(old, new)]
 
 
 def open_folder(folder: Path, config: Config, sections: tuple[str, ...]) -> Run:
@@ -55,6 +60,7 @@ def open_folder(folder: Path, config: Config, sections: tuple[str, ...]) -> Run:
     mark = fingerprint(resolved)
     path = folder / "config.yaml"
     if not path.is_file():
+        sweep(folder)  # a kill in the middle of the first file leaves a folder that is as good as empty
         if folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"{folder} is not empty and no folder of ours: choose another (nothing was overwritten)")
         try:

@@ -10,13 +10,12 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from PIL import Image
 
 from diffalign.data import BadRow
 from diffalign.distributed import World
 from diffalign.progress import Progress
-from diffalign.recipes._judging import batched, read_picture
+from diffalign.recipes._judging import answers, batched, read_picture
 from diffalign.recipes._score_rows import Row
 from diffalign.score_cache import FILE, ScoreCache, address, default_folder, image_id, versions
 from diffalign.sections import Score
@@ -125,31 +124,6 @@ class Asker:
 
     def _address(self, image: bytes, prompt: str) -> bytes:
         return address(image, prompt if self.reads_prompt else "")
-
-
-def answers(name: str, scorer: Scorer, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float | str]:
-    """A finite score, or why there is none, per picture; a refused batch is halved until the culprits are alone.
-
-    Raises:
-        UserError: from the scorer: what it needs is not there.
-        RuntimeError: another number of scores than pictures.
-    """
-    try:
-        scores = scorer.score(list(images), list(prompts))
-    except UserError:
-        raise
-    except (ValueError, torch.OutOfMemoryError) as error:
-        if len(images) > 1:
-            half = len(images) // 2
-            first = answers(name, scorer, images[:half], prompts[:half])
-            return first + answers(name, scorer, images[half:], prompts[half:])
-        if not isinstance(error, ValueError):
-            raise
-        return [" ".join(str(error).split()) or "ValueError"]
-    values = [float(score) for score in scores]
-    if len(values) != len(images):
-        raise RuntimeError(f"scorer {name} gave {len(values)} scores for {len(images)} images")
-    return [value if float("-inf") < value < float("inf") else f"gave {value}" for value in values]
 
 
 class _Pending(NamedTuple):

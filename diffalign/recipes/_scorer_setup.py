@@ -122,7 +122,7 @@ def set_up(config: Config, quiet: bool) -> ScorerTrainer:
     _check_data(run, pairs.facts(), world)
     towers.to(world.device).requires_grad_(True)
     loop = Train(**{f.name: getattr(settings, f.name) for f in fields(Train) if f.name in LOOP_KEYS})
-    module, optimizer = world.prepare(towers, build_optimizer(loop, list(towers.parameters())))
+    module, optimizer = world.prepare(towers, build_optimizer(loop, parameter_groups(settings, towers)))
     previews = None if model is None else Previews(model, settings.cfg_scale, settings.seed)
     trainer = ScorerTrainer(
         settings, loop, world, run, towers, module, tokenizer, preprocess, pairs, previews, optimizer
@@ -131,6 +131,18 @@ def set_up(config: Config, quiet: bool) -> ScorerTrainer:
     if found is not None:
         _restore(trainer, checkpoint.load(found, run.fingerprint))
     return trainer
+
+
+def parameter_groups(settings: TrainScorer, towers: Towers) -> list[dict[str, Any]]:
+    """What is trained, each group with its `share` of the learning rate: a modulation starts from zero, and at a rate
+    that keeps trained towers what they are it would not move."""
+    if settings.modulation_lr is None or towers.modulation is None:
+        return [{"params": list(towers.parameters()), "share": 1.0}]
+    modulation = list(towers.modulation.parameters())
+    return [
+        {"params": list(towers.clip.parameters()), "share": 1.0},
+        {"params": modulation, "share": settings.modulation_lr / settings.lr},
+    ]
 
 
 def _check_data(run: _run.Run, facts: Mapping[str, Any], world: World) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,20 @@ from diffalign.data import Report, good_records
 from diffalign.data._images import decode
 from diffalign.progress import Progress
 from diffalign.recipes._judging import BATCH
-from diffalign.recipes._score_fill import answers
+from diffalign.recipes._score_fill import Asker, open_cache
 from diffalign.registry import build
+from diffalign.score_cache import image_id
 from diffalign.scorers._build import build_scorers, scorer_key
 from diffalign.sections import Agree
-from diffalign.types import Record, Scorer, UserError
+from diffalign.types import Record, UserError
 
 FILE = "agree.json"
 
 
 def agree(config: Config, quiet: bool = False) -> Path:
     """Scores the images of `agree.data` and writes agree.json into `agree.out`; returns its path.
+
+    Scores come from, and go to, the score cache (`score.cache`, `score.cache_dir`): no scorer is asked twice.
 
     A record's `utility` is the people's ranking: the higher the better, equal ones are a tie. Intervals resample
     records. A record with an image that a scorer cannot judge does not count for that scorer, and is counted as
@@ -44,21 +48,28 @@ def agree(config: Config, quiet: bool = False) -> Path:
         if scorer_key(name) not in scorers:
             raise UserError(f"agree.scale: {name} is none of agree.scorers ({', '.join(scorers)})")
     scale = {scorer_key(name): value for name, value in settings.scale.items()}
-    gaps = _tie_gaps(settings, scorers, scale, quiet)
+    path = Path(settings.out or "runs/agree") / FILE
     found: dict[str, list[Points]] = {name: [] for name in scorers}
     unjudged = dict.fromkeys(scorers, 0)
     report = Report()
-    for utility, scores in _ranked(settings.data, "agree.data", scorers, report, quiet):
-        for name, values in scores.items():
-            if values is None:
-                unjudged[name] += 1
-                continue
-            found[name].append(points(values, -utility, settings.rule, gaps.get(name), scale.get(name, 1.0)))
+    how = replace(config.score, strict=False)
+    with open_cache(how, path) as cache:
+        askers = [Asker(*named, cache, how) for named in scorers.items()]
+        gaps = _tie_gaps(settings, askers, scale, quiet)
+        for utility, scores in _ranked(settings.data, "agree.data", askers, report, quiet):
+            for name, values in scores.items():
+                if values is None:
+                    unjudged[name] += 1
+                    continue
+                found[name].append(points(values, -utility, settings.rule, gaps.get(name), scale.get(name, 1.0)))
+        for line in filter(None, (asker.drift() for asker in askers)):
+            print(f"agree: {line}", file=sys.stderr)
+    if not how.cache:
+        cache.delete()
     results = {name: _result(agreement(of_prompts, settings.rule)) for name, of_prompts in found.items()}
     for name in results:
         results[name] |= {"info": asdict(scorers[name].info), "unjudged": unjudged[name]}
         results[name] |= {"tie_gap": gaps[name], "scale": scale.get(name, 1.0)} if name in gaps else {}
-    path = Path(settings.out or "runs/agree") / FILE
     facts = {"rule": settings.rule, "data": settings.data, "report": report.as_dict(), "scorers": results}
     write_json(path, facts)
     if not any(result["pairs"] for result in results.values()):
@@ -66,16 +77,14 @@ def agree(config: Config, quiet: bool = False) -> Path:
     return path
 
 
-def _tie_gaps(
-    settings: Agree, scorers: Mapping[str, Scorer], scale: Mapping[str, float], quiet: bool
-) -> dict[str, float]:
+def _tie_gaps(settings: Agree, askers: Sequence[Asker], scale: Mapping[str, float], quiet: bool) -> dict[str, float]:
     """Pick-a-Pic's tie gap of each scorer: given, or fitted on the validation records."""
     if settings.rule != "pickapic":
         return {}
     if settings.tie_gap is not None:
-        return dict.fromkeys(scorers, settings.tie_gap)
-    ranked: dict[str, list[tuple[Any, Any]]] = {name: [] for name in scorers}  # numbers only, no images
-    for utility, scores in _ranked(settings.validation, "agree.validation", scorers, Report(), quiet):
+        return dict.fromkeys((asker.name for asker in askers), settings.tie_gap)
+    ranked: dict[str, list[tuple[Any, Any]]] = {asker.name: [] for asker in askers}  # numbers only, no images
+    for utility, scores in _ranked(settings.validation, "agree.validation", askers, Report(), quiet):
         for name, values in scores.items():
             if values is not None:
                 ranked[name].append((values, -utility))
@@ -83,7 +92,7 @@ def _tie_gaps(
 
 
 def _ranked(
-    data: Mapping[str, Any], key: str, scorers: Mapping[str, Scorer], report: Report, quiet: bool
+    data: Mapping[str, Any], key: str, askers: Sequence[Asker], report: Report, quiet: bool
 ) -> Iterator[tuple[Float[NDArray[np.float64], " K"], dict[str, list[float] | None]]]:
     """(utility, scorer -> scores, None where it cannot judge an image) of each record with at least two images.
 
@@ -99,27 +108,36 @@ def _ranked(
                 continue
             batch.append(record)
             if sum(len(kept.images) for kept in batch) >= BATCH:
-                yield from _scored(batch, scorers)
+                yield from _scored(batch, askers)
                 progress.advance(len(batch))
                 batch = []
         if batch:
-            yield from _scored(batch, scorers)
+            yield from _scored(batch, askers)
             progress.advance(len(batch))
 
 
 def _scored(
-    batch: list[Record], scorers: Mapping[str, Scorer]
+    batch: list[Record], askers: Sequence[Asker]
 ) -> Iterator[tuple[Float[NDArray[np.float64], " K"], dict[str, list[float] | None]]]:
-    images = [decode(data) for record in batch for data in record.images]
-    texts = [record.caption(k) for record in batch for k in range(len(record.images))]
-    given = {name: answers(name, scorer, images, texts) for name, scorer in scorers.items()}
-    start = 0
+    addresses: list[list[tuple[bytes, str]]] = []
     for record in batch:
-        end = start + len(record.images)
-        of_record = {name: [value for value in of[start:end] if isinstance(value, float)] for name, of in given.items()}
-        is_whole = {name: len(values) == end - start for name, values in of_record.items()}
-        yield np.array(record.utility), {name: of_record[name] if is_whole[name] else None for name in scorers}
-        start = end
+        addresses.append([])
+        for k, data in enumerate(record.images):
+            image, text = decode(data), record.caption(k)
+            name = image_id(image.size, image.tobytes())
+            addresses[-1].append((name, text))
+            for asker in askers:
+                if asker.lacks(name, text):
+                    asker.add(name, image, text, f"record {record.id}")
+    for asker in askers:
+        asker.flush()
+    for record, of_record in zip(batch, addresses, strict=True):
+        scores: dict[str, list[float] | None] = {}
+        for asker in askers:
+            found = [asker.answer(*where) for where in of_record]
+            values = [value for value in found if isinstance(value, float)]
+            scores[asker.name] = values if len(values) == len(found) else None
+        yield np.array(record.utility), scores
 
 
 def _result(found: Agreement) -> dict[str, Any]:

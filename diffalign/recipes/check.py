@@ -193,7 +193,7 @@ def check(config: Config) -> dict[str, Any]:
     elif isinstance(config.source, Offline):
         lines.append("data: none named (source.data.path); the twin trained on noise")
     else:
-        judges = ", ".join(config.source.judge.names) if config.source.scorers else "none named yet (source.scorers)"
+        judges = ", ".join(config.source.judge.scorers) if config.source.scorers else "none named yet (source.scorers)"
         prompts = len(config.source.prompt_list) if config.source.prompts else "no prompts yet (source.prompts)"
         lines.append(f"rounds: {prompts} prompts, judged by {judges}; the twin was judged by brightness")
     lines.append(f"run folder: {folder}" + (" (exists: the run would resume)" if folder.exists() else ""))

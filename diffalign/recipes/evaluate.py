@@ -128,6 +128,8 @@ def categories_of(prompts: list[str]) -> list[str] | None:
 def evaluate(config: Config, quiet: bool = False, seconds: Mapping[str, float] | None = None) -> Evaluation:
     """Generates what is missing, scores, compares, and writes report.html, report.md and results.json.
 
+    Several processes share pictures and scores; the main one writes the report.
+
     Args:
         seconds: stages that ran before, for the report (`demo` gives them).
 
@@ -160,16 +162,19 @@ def evaluate(config: Config, quiet: bool = False, seconds: Mapping[str, float] |
         train_scorers=[name for name, of in judges.items() if of["kind"] == "train"],
         seed=settings.seed,
     )
-    varied = spread(folders, BASE, looks, level=comparison.level, seed=settings.seed, quiet=quiet)
+    varied = None
+    if world.is_main:  # nothing else waits for it
+        varied = spread(folders, BASE, looks, level=comparison.level, seed=settings.seed, quiet=quiet)
     stages = dict(seconds or {}) | {"evaluate": time.perf_counter() - begun}
     gaps = [f"{name}: {gap}" for name, of in trained.items() for gap in of.gaps]
     found = Evaluated(config, comparison, varied, scorers, judges, gaps, scores, rows, folders, sizes, prompts.facts)
     data = report_data(found, stages, str(world.device))
-    path = report.write_report(folder, data)
-    write_grid(data.pictures, folder / "grid.png")
+    if world.is_main:
+        report.write_report(folder, data)
+        write_grid(data.pictures, folder / "grid.png")
     world.close()
     head = report.headline(data)
-    return Evaluation(folder, comparison, path, head["text"] if head else "nothing is compared")
+    return Evaluation(folder, comparison, folder / "report.html", head["text"] if head else "nothing is compared")
 
 
 def training_of(model: Contestant, run: str | None) -> Seen:

@@ -45,12 +45,16 @@ def write_images(
     label: str = "generate",
     section: str = "generate",
 ) -> None:
-    """The images that are not there yet, then the manifest. Resumes by the files it finds; each lands whole or not."""
+    """The images that are not there yet, then the manifest, which is there for all processes when this returns.
+
+    Resumes by the files it finds; each lands whole or not.
+    """
     make = maker(model, settings, sampling, section)
     _write_missing(lambda: make, prompts, folder, settings, _batch_size(settings, sampling), world, quiet, label)
     world.barrier()
     if world.is_main:
         write_manifest(folder, prompts, settings)
+    world.barrier()
 
 
 def maker(model: Any, settings: Generate, sampling: Sampling, section: str = "generate") -> Make:

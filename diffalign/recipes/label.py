@@ -16,6 +16,7 @@ from diffalign.distributed import World
 from diffalign.progress import Progress
 from diffalign.recipes import _label_rules as rules
 from diffalign.recipes import _run
+from diffalign.recipes._label_asked import ask_all, questions_of
 from diffalign.recipes._label_queue import ballot, write_queue, write_voted
 from diffalign.recipes._label_records import has_captions, record_of, told
 from diffalign.recipes._label_scores import Scored, open_scores
@@ -34,15 +35,18 @@ def label(config: Config, quiet: bool = False) -> Path:
     same command adds their records below `voted/`, which the folder's reader finds too.
 
     Raises:
-        UserError: no scores, an unknown scorer, a missing image, other scores than the folder began with, or no record.
+        UserError: no scores, an unknown scorer, judge or captioner, a missing image, other scores than the folder began
+            with, or no record.
         WaitsForVotes: a votes.jsonl that lacks pairs.
     """
     settings = config.label
     scored = open_scores(settings)
     if World("cpu", "fp32").size > 1:
         raise UserError("label runs in one process: start it without a launcher")
+    questions = questions_of(settings)
     out = Path(settings.out or scored.path.parent / "pairs")
     _run.open_folder(out, config, ("label",))
+    scored = ask_all(scored, questions, quiet)
     began, digest = read_json(out / "run.json"), scored.digest()
     if began and began["scores"] != digest:
         raise UserError(f"{scored.path} changed since {out} began: choose another label.out (nothing was overwritten)")

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffalign import checkpoint, randomness
+from diffalign import _run_lock, checkpoint, randomness
 from diffalign._json import read_json, write_json
 from diffalign.config import TRAINING_SECTIONS, Config
 from diffalign.distributed import World
@@ -26,6 +27,7 @@ from diffalign.progress import Progress
 from diffalign.recipes import _exported, _run, _samples
 from diffalign.recipes._baseline import RunningBaseline
 from diffalign.recipes._fit import check_data, check_needs
+from diffalign.recipes._interrupts import Interrupts
 from diffalign.recipes._optim import Ema, build_optimizer, learning_rate
 from diffalign.recipes._preferences import holdout_margins, holdout_metrics, preference_metrics, summarize
 from diffalign.recipes._stopping import Decision, Watch, check_stop
@@ -92,8 +94,11 @@ def micro_batch_size(config: Config, world: World) -> int:
     return size
 
 
-def set_up(config: Config) -> Trainer:
-    """Builds and, where the run folder holds a checkpoint, restores everything."""
+def set_up(config: Config, on_open: Callable[[Path], Any] | None = None) -> Trainer:
+    """Builds and, where the run folder holds a checkpoint, restores everything.
+
+    `on_open` is called with the run folder, on the main process, before anything is built.
+    """
     check_needs(config)
     check_stop(config)
     train = config.train
@@ -101,6 +106,8 @@ def set_up(config: Config) -> Trainer:
     micro_batch_size(config, world)
     check_data(config)
     run = _run.open_together(run_folder(config), config, TRAINING_SECTIONS, world)
+    if on_open is not None and world.is_main:
+        on_open(run.folder)
     torch.manual_seed(randomness.address(train.seed, "initial weights"))
     model = config.model.load()
     model.to(world.device)
@@ -170,6 +177,11 @@ def _save(trainer: Trainer, step: int, kind: checkpoint.Kind = "step") -> None:
     trainer.world.barrier()
 
 
+def _save_done(trainer: Trainer) -> None:
+    if trainer.done > trainer.saved:
+        _save(trainer, trainer.done)
+
+
 def train_step(trainer: Trainer, batch: EndpointBatch, step: int) -> dict[str, float]:
     """One optimizer step on this process's share of the global batch; returns the global batch's metrics."""
     config, world = trainer.config, trainer.world
@@ -232,16 +244,26 @@ def validate(trainer: Trainer) -> dict[str, float]:
 def train(config: Config, callbacks: Sequence[Callback] = (), quiet: bool = False, stage: str = "") -> TrainResult:
     """Trains, or goes on training, what the config describes, and exports the result into the run folder.
 
-    `stage` names one of several runs, for the progress; the processes then stay together for the next one.
+    `stage` names one of several runs, for the progress; the processes then stay together for the next one. SIGINT and
+    SIGTERM end the run after the step they come in, with a checkpoint (one process; of several, since the last one).
 
     Raises:
-        UserError: the user's input was wrong; nothing was overwritten.
+        UserError: the user's input was wrong, or another process trains in the folder; nothing was overwritten.
         FloatingPointError: the loss is not finite any more.
     """
     if config.stages != Stages():
         raise UserError("section stages is for `diffalign stages`, which takes the same words as train")
-    trainer = set_up(config)
-    train_config, world = config.train, trainer.world
+    with ExitStack() as held:
+        trainer = set_up(config, lambda folder: held.enter_context(_run_lock.hold(folder)))
+        result = _train(trainer, callbacks, quiet, stage)
+    if not stage:
+        trainer.world.close()
+    return result
+
+
+def _train(trainer: Trainer, callbacks: Sequence[Callback], quiet: bool, stage: str) -> TrainResult:
+    config, world = trainer.config, trainer.world
+    train_config = config.train
     log = MetricsLog(trainer.run.folder, config.log.trackers, config.log.project) if world.is_main else None
     if log is not None:
         log.resume(trainer.first_step - 1)
@@ -255,6 +277,7 @@ def train(config: Config, callbacks: Sequence[Callback] = (), quiet: bool = Fals
             stage or "train", train_config.steps, trainer.first_step, "step", quiet or not world.is_main
         ) as progress,
         ThreadPoolExecutor(max_workers=1) as loader,
+        Interrupts(world.size == 1, lambda: _save_done(trainer)) as interrupts,
     ):
         following: Future[Any] | None = None
         for step in range(trainer.first_step, last_step):
@@ -263,9 +286,10 @@ def train(config: Config, callbacks: Sequence[Callback] = (), quiet: bool = Fals
             batch = following.result() if following is not None else trainer.batches.batch(step)
             is_next_ready = step + 1 < last_step and trainer.batches.is_ready(step + 1)
             following = loader.submit(trainer.batches.batch, step + 1) if is_next_ready else None
-            scalars = {**train_step(trainer, batch, step), **made}
-            scalars["pairs_per_second"] = train_config.batch_size / (time.perf_counter() - begun)
-            decision = _after_step(trainer, watch, log, step, scalars, has_sampled=bool(made))
+            with interrupts.step():
+                scalars = {**train_step(trainer, batch, step), **made}
+                scalars["pairs_per_second"] = train_config.batch_size / (time.perf_counter() - begun)
+                decision = _after_step(trainer, watch, log, step, scalars, has_sampled=bool(made))
             for callback in callbacks:
                 callback(step, scalars)
             progress.advance(note=f"loss {scalars['loss']:.4f}")
@@ -275,10 +299,7 @@ def train(config: Config, callbacks: Sequence[Callback] = (), quiet: bool = Fals
                 break
     if log is not None:
         log.close()
-    result = finish(trainer, watch)
-    if not stage:
-        world.close()
-    return result
+    return finish(trainer, watch)
 
 
 def _refresh(trainer: Trainer, step: int, progress: Progress) -> Mapping[str, float]:

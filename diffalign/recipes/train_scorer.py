@@ -91,7 +91,7 @@ def train_step(trainer: ScorerTrainer, batch: PairBatch, step: int) -> dict[str,
     grad_norm = float(world.clip(trainer.towers.parameters(), settings.max_grad_norm))
     rate = learning_rate(trainer.loop, step)
     for group in trainer.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("share", 1.0)  # checkpoints from before shares have none
     trainer.optimizer.step()
     trainer.optimizer.zero_grad(set_to_none=True)
     value = float(torch.stack(losses).sum())

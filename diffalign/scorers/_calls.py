@@ -1,4 +1,4 @@
-"""What every scorer asks of a call: where it runs, how many pictures at once, a prompt for each picture."""
+"""What every scorer asks of a call: where it runs, and a prompt for each picture."""
 
 from __future__ import annotations
 
@@ -6,24 +6,12 @@ from collections.abc import Sized
 
 import torch
 
-from diffalign.types import UserError
-
 
 def device_of(name: str) -> torch.device:
     """The device of that name; `auto` is the GPU where there is one."""
     if name != "auto":
         return torch.device(name)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def check_batch_size(size: int) -> None:
-    """Refuses a batch of nothing.
-
-    Raises:
-        UserError: below 1.
-    """
-    if size < 1:
-        raise UserError(f"batch_size must be at least 1 (got {size})")
 
 
 def check_lengths(images: Sized, prompts: Sized) -> None:

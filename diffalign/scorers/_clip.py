@@ -6,23 +6,20 @@ timestep. The difference of two scores is the log-odds that the first picture is
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from jaxtyping import Float
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
 from diffalign.scorers import _clip_files as files
-from diffalign.scorers._calls import check_batch_size, check_lengths, device_of
+from diffalign.scorers._batched import BatchedScorer
 from diffalign.scorers._clip_pixels import Crop, PixelRoads
 from diffalign.scorers._clip_pixels import Preprocess as Preprocess
 from diffalign.scorers._clip_pixels import Resize as Resize
@@ -34,45 +31,16 @@ KEPT_TEXTS = 4096  # prompts whose features are kept: 16 MiB at PickScore's 1024
 
 
 @dataclass(frozen=True)
-class TowerScorer(ABC):
-    """What all scorers over two towers share: lazy weights, batches, prompts embedded once, both roads of pictures.
-
-    path: the weights: a folder as transformers' save_pretrained writes it, a weights file, or a hub id.
-    dtype: of the weights. In bfloat16 scores moved by 0.2 against float32 (a random tower), the size of real margins.
-    batch_size: pictures per call; no score depends on it beyond rounding.
-    device: auto takes the GPU where there is one.
-
-    Raises:
-        UserError: a batch_size below 1.
-    """
-
-    path: str
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    batch_size: int = 32
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        check_batch_size(self.batch_size)
-
-    @cached_property
-    def _device(self) -> torch.device:
-        return device_of(self.device)
+class TowerScorer(BatchedScorer):
+    """What scorers over two towers share: features of pictures, and of prompts, each of which is embedded once."""
 
     @cached_property
     def _towers(self) -> Any:
         return self._load().requires_grad_(False).eval().to(self._device)
 
-    @cached_property
-    def _preprocess(self) -> PixelRoads:
-        return self._load_preprocess()
-
     @abstractmethod
     def _load(self) -> nn.Module:
         """The towers: `images(pixels, timestep)` gives features of unit length."""
-
-    @abstractmethod
-    def _load_preprocess(self) -> PixelRoads:
-        """What makes the towers' pixels."""
 
     @abstractmethod
     def _embedded(self, prompts: Sequence[str]) -> Float[Tensor, "N D"]:
@@ -83,10 +51,6 @@ class TowerScorer(ABC):
         self, images: Float[Tensor, "N D"], pixels: Float[Tensor, "N 3 S S"], prompts: Sequence[str]
     ) -> Float[Tensor, " N"]:
         """Scores of image features of unit length; `pixels` are the towers' own."""
-
-    @property
-    def _resize(self) -> Resize:
-        return "antialiased"
 
     @cached_property
     def _texts(self) -> OrderedDict[str, Tensor]:
@@ -99,21 +63,14 @@ class TowerScorer(ABC):
         new = [prompt for prompt in distinct if prompt not in self._texts]
         for start in range(0, len(new), self.batch_size):
             some = new[start : start + self.batch_size]
-            self._texts.update(zip(some, self._embedded(some), strict=True))
+            with self._precisely():
+                self._texts.update(zip(some, self._embedded(some), strict=True))
         for prompt in distinct:
             self._texts.move_to_end(prompt)
         rows = torch.stack([self._texts[prompt] for prompt in prompts])
         while len(self._texts) > KEPT_TEXTS:
             self._texts.popitem(last=False)
         return rows
-
-    def _precisely(self) -> AbstractContextManager[None]:
-        """Without the caller's autocast: a score's precision is that of `dtype`."""
-        return torch.autocast(self._device.type, enabled=False)
-
-    def _time(self, num: int, timestep: Tensor | None) -> Tensor | None:
-        """The timestep of each picture; a tower that knows none is not told."""
-        return None
 
     @torch.no_grad()
     def image_features(self, images: Sequence[Image.Image]) -> Float[Tensor, "N D"]:
@@ -126,42 +83,10 @@ class TowerScorer(ABC):
         with self._precisely():
             return self._towers.images(pixels, self._time(len(pixels), None))
 
-    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> NDArray[np.float32]:
-        """float32 [N] of finished pictures, with exactly the published preprocessing (Pillow).
-
-        Raises:
-            ValueError: not as many prompts as pictures, or a picture too narrow to be resized.
-        """
-        check_lengths(images, prompts)
-        scores = [np.zeros(0, np.float32)]
-        for start in range(0, len(images), self.batch_size):
-            pixels = self._preprocess.pictures(images[start : start + self.batch_size]).to(self._device)
-            with torch.no_grad(), self._precisely():
-                features = self._towers.images(pixels, self._time(len(pixels), None))
-                judged = self._judged(features, pixels, prompts[start : start + self.batch_size])
-                scores.append(judged.float().cpu().numpy())
-        return np.concatenate(scores)
-
-    def score_tensor(
-        self, pixels: Float[Tensor, "N 3 H W"], prompts: Sequence[str], timestep: Tensor | None = None
+    def _run(
+        self, pixels: Float[Tensor, "N 3 S S"], prompts: Sequence[str], timestep: Float[Tensor, " N"] | None
     ) -> Float[Tensor, " N"]:
-        """float32 [N] on the device of `pixels` (in [0, 1]), differentiable in them; in calls of `batch_size`.
-
-        `timestep` [N] or a scalar is the diffusion network's own time (0..999), for scorers that know one.
-
-        Raises:
-            ValueError: not as many prompts as pictures.
-        """
-        check_lengths(pixels, prompts)
-        times = self._time(len(pixels), timestep)
-        scores = [pixels.new_zeros(0, dtype=torch.float32)]
-        for start in range(0, len(pixels), self.batch_size):
-            rows = slice(start, start + self.batch_size)
-            inputs = self._preprocess.tensor(pixels[rows].to(self._device, torch.float32), self._resize)
-            with self._precisely():
-                features = self._towers.images(inputs, None if times is None else times[rows])
-                scores.append(self._judged(features, inputs, prompts[rows]).float().to(pixels.device))
-        return torch.cat(scores)
+        return self._judged(self._towers.images(pixels, timestep), pixels, prompts)
 
 
 @dataclass(frozen=True)

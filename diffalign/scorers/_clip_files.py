@@ -219,7 +219,8 @@ def load_modulation(path: str, clip: Any) -> Modulation:
     made = new_modulation(clip)
     folder = folder_of(path, OF_WEIGHTS)
     try:
-        made.load_state_dict(load_file(folder / STEP_FILE))
+        # released models have no confidence: theirs is 1
+        made.load_state_dict(made.log_confidence.state_dict(prefix="log_confidence.") | load_file(folder / STEP_FILE))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path}: its {STEP_FILE} is missing or of another tower ({first_line(error)})") from error
     return made.to(next(clip.parameters()).dtype)

@@ -20,13 +20,14 @@ class Towers(nn.Module):
         self.clip, self.modulation = clip, modulation
 
     def images(self, pixels: Float[Tensor, "N 3 S S"], timestep: Float[Tensor, " N"] | None) -> Float[Tensor, "N D"]:
-        """Features of unit length, float32, of normalised pixels; without a timestep, of the plain CLIP tower."""
+        """Features, float32, of normalised pixels, of unit length; with a timestep, of its confidence's length."""
         pixels = pixels.to(self.clip.dtype)
         if self.modulation is None or timestep is None:
             features = self.clip.vision_model(pixel_values=pixels).pooler_output
-        else:
-            features = pooled(self.clip.vision_model, self.modulation, pixels, timestep)
-        return F.normalize(self.clip.visual_projection(features).float(), dim=-1)
+            return F.normalize(self.clip.visual_projection(features).float(), dim=-1)
+        features = pooled(self.clip.vision_model, self.modulation, pixels, timestep)
+        unit = F.normalize(self.clip.visual_projection(features).float(), dim=-1)
+        return unit * self.modulation.confidence(timestep.to(pixels.device))[:, None]
 
     def texts(self, tokens: Tensor) -> Float[Tensor, "N D"]:
         """Features of unit length, float32. No mask: the text tower is causal and pools at the end of the text."""
@@ -34,7 +35,7 @@ class Towers(nn.Module):
         return F.normalize(self.clip.text_projection(features).float(), dim=-1)
 
     def compare(self, image: Float[Tensor, "N D"], text: Float[Tensor, "N D"]) -> Float[Tensor, " N"]:
-        """exp(logit_scale) * cosine, a logit."""
+        """exp(logit_scale) * cosine (* confidence), a logit."""
         return self.clip.logit_scale.float().exp() * (image * text).sum(dim=-1)
 
     def forward(self, pixels: Tensor, tokens: Tensor, rows: Tensor, timestep: Tensor | None = None) -> Tensor:

@@ -2,6 +2,10 @@
 
 The blocks are those of DiT (arXiv 2212.09748); the modulation of the pooled output and the initial values are those of
 the released SPO code. At its initial values the tower equals the CLIP tower it was made of, for every timestep.
+
+Beyond the released model, scores are scaled by `confidence`, a function of the timestep that starts at 1. Of a noisy
+preview nobody can be as sure as of a finished picture, and with one scale for all timesteps training unlearns what the
+base knows before the modulation has learned to be less sure (METHODS.md).
 """
 
 from __future__ import annotations
@@ -28,7 +32,8 @@ def timestep_embedding(timestep: Float[Tensor, " N"]) -> Float[Tensor, "N 256"]:
 
 
 class Modulation(nn.Module):
-    """Timestep -> shift, scale and gate of every block's attention and MLP, and shift and scale of the pooled output.
+    """Timestep -> shift, scale and gate of every block's attention and MLP, shift and scale of the pooled output, and
+    the scale of the score.
 
     Args:
         width: of the vision tower.
@@ -40,6 +45,7 @@ class Modulation(nn.Module):
         self.embedder = nn.Sequential(nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
         self.blocks = nn.ModuleList(nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width)) for _ in range(num_layers))
         self.final = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.log_confidence = nn.Linear(2 * FREQUENCIES, 1)
         self._initialise(width)
 
     @torch.no_grad()
@@ -57,6 +63,11 @@ class Modulation(nn.Module):
     def embed(self, timestep: Float[Tensor, " N"]) -> Float[Tensor, "N W"]:
         """What all blocks share."""
         return self.embedder(timestep_embedding(timestep).to(next(self.parameters()).dtype))
+
+    def confidence(self, timestep: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+        """What a score is multiplied by, float32; it orders pictures of one timestep as they were."""
+        embedded = timestep_embedding(timestep).to(self.log_confidence.weight.dtype)
+        return self.log_confidence(embedded).float().squeeze(1).exp()
 
 
 def pooled(

@@ -32,6 +32,11 @@ CHOOSE = (
     'Both pictures were made for this prompt: "{prompt}". Which one is better, judged by {what}? Answer with one'
     " letter, A or B, and nothing else."
 )
+# for DCPO (arXiv 2502.06023), whose captioners saw picture and prompt; in our words
+CAPTION = (
+    'This picture was made for the prompt: "{prompt}". Describe in one sentence what it really shows, so that it could'
+    " be drawn from your words. Answer with that sentence and nothing else."
+)
 OVERALL = "prompt-following, aesthetics and fidelity together"
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?!\w|\.\d)")
 

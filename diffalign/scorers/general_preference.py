@@ -27,8 +27,9 @@ class GeneralPreference(ClipScorer):
 
     It compares: `prefer` pairs, `compare_group` all pictures of a prompt, with one pass of the towers per picture. A
     score per picture would force an order that the model may not have, and a win rate would depend on which other
-    pictures are there, so `score` and `score_tensor` refuse. The mean of a row of `compare_group` over the rivals is
-    the win rate that objective `sppo` takes as utility with `target=winrate`.
+    pictures are there, so `score` and `score_tensor` refuse. `label.judge` and, with `source.prefer=pairwise`, rollouts
+    compare by it. The mean of a row of `compare_group` over the rivals is the win rate that objective `sppo` takes as
+    utility with `target=winrate`.
 
     Fields: see `ClipScorer`; `path` is a folder or hub id.
 
@@ -59,7 +60,9 @@ class GeneralPreference(ClipScorer):
         Raises:
             ValueError: always.
         """
-        raise ValueError("compares two pictures and has no score of one; use prefer or compare_group")
+        raise ValueError(
+            "compares two pictures and has no score of one; use prefer or compare_group, or label with label.judge"
+        )
 
     def score_tensor(
         self, pixels: Float[Tensor, "N 3 H W"], prompts: Sequence[str], timestep: Tensor | None = None
@@ -67,15 +70,20 @@ class GeneralPreference(ClipScorer):
         """Refuses, as `score` does."""
         self.score([], [])
 
+    @property
+    def dim(self) -> int:
+        """Numbers per picture that `represent` gives."""
+        return len(self._towers.head.bias)
+
     @torch.no_grad()
     def represent(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Float[Tensor, "N M"]:
-        """Embeddings v, float32 on the CPU, of finished pictures; `_preference_head.log_odds` compares two.
+        """Embeddings v, float32 on the CPU, of finished pictures; `win_table` compares those of a prompt.
 
         Raises:
             ValueError: not as many prompts as pictures, or a picture too narrow to be resized.
         """
         check_lengths(images, prompts)
-        made = [torch.zeros(0, len(self._towers.head.bias))]
+        made = [torch.zeros(0, self.dim)]
         for start in range(0, len(images), self.batch_size):
             rows = slice(start, start + self.batch_size)
             features, texts = self.image_features(images[rows]), self.text_features(prompts[rows])
@@ -105,5 +113,9 @@ class GeneralPreference(ClipScorer):
         Raises:
             ValueError: see `represent`.
         """
-        v = self.represent(images, [prompt] * len(images))
+        return self.win_table(self.represent(images, [prompt] * len(images)))
+
+    @staticmethod
+    def win_table(v: Float[Tensor, "K M"]) -> Float[NDArray[np.float32], "K K"]:
+        """P[i, j] that picture i beats picture j, of the embeddings of one prompt's pictures."""
         return heads.probability(heads.log_odds(v[:, None], v[None])).numpy()

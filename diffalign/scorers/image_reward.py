@@ -7,17 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-import torch
 from jaxtyping import Float
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from diffalign.scorers import _blip
-from diffalign.scorers._calls import check_batch_size, check_lengths, device_of
+from diffalign.scorers._batched import BatchedScorer
 from diffalign.scorers._checkpoint import file_fingerprint, local_weights, read_checkpoint, resolve_weights
 from diffalign.scorers._clip_files import DTYPES, OF_WORDS, folder_of
 from diffalign.scorers._clip_pixels import Preprocess, clip_processor
@@ -28,7 +24,7 @@ WORDS = "google-bert/bert-base-uncased"
 
 
 @dataclass(frozen=True)
-class ImageReward:
+class ImageReward(BatchedScorer):
     """The released reward, (mlp(BLIP(image, prompt)) - 0.167) / 1.033; weights are read at the first score.
 
     A checkpoint of the same architecture trained by others (VP-Score's recipe) loads the same way.
@@ -38,7 +34,8 @@ class ImageReward:
     tokenizer: a folder or hub id of bert-base-uncased's tokenizer. Default: the weights' folder, if it holds one, else
         google-bert/bert-base-uncased.
     config: BLIP's med_config.json. Default: the one beside the weights; without one, heads are 64 wide as published.
-    dtype: of the weights; batch_size: pictures per call; device: auto takes the GPU where there is one.
+
+    The other fields are those of `BatchedScorer`.
 
     Raises:
         UserError: no such file, another network's weights, no tokenizer.
@@ -47,12 +44,9 @@ class ImageReward:
     path: str = "zai-org/ImageReward"
     tokenizer: str | None = None
     config: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    batch_size: int = 32
-    device: str = "auto"
 
     def __post_init__(self) -> None:
-        check_batch_size(self.batch_size)
+        super().__post_init__()
         local_weights(self.path, FILE)
 
     @cached_property
@@ -87,10 +81,6 @@ class ImageReward:
         return self.tokenizer or (str(folder) if is_there else WORDS)
 
     @cached_property
-    def _device(self) -> torch.device:
-        return device_of(self.device)
-
-    @cached_property
     def _network(self) -> _blip.Blip:
         tensors = read_checkpoint(self._file)
         network = _blip.load(tensors, self._file, self._config, DTYPES[self.dtype])
@@ -107,8 +97,7 @@ class ImageReward:
             )
         return words
 
-    @cached_property
-    def _preprocess(self) -> Preprocess:
+    def _load_preprocess(self) -> Preprocess:
         return Preprocess(clip_processor(self._network.side), "torchvision")
 
     def tokens(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -118,27 +107,8 @@ class ImageReward:
         )
         return made.input_ids, made.attention_mask
 
-    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> NDArray[np.float32]:
-        """float32 [N] of finished pictures; Pillow's resize, torchvision's crop, as released."""
-        check_lengths(images, prompts)
-        scores = [np.zeros(0, np.float32)]
-        for start in range(0, len(images), self.batch_size):
-            rows = slice(start, start + self.batch_size)
-            pixels = self._preprocess.pictures(images[rows])
-            with torch.no_grad():
-                scores.append(self._run(pixels, prompts[rows]).cpu().numpy())
-        return np.concatenate(scores)
-
-    def score_tensor(self, pixels: Float[Tensor, "N 3 H W"], prompts: Sequence[str]) -> Float[Tensor, " N"]:
-        """float32 [N] on the device of `pixels` (in [0, 1]), differentiable in them; in calls of `batch_size`."""
-        check_lengths(pixels, prompts)
-        scores = [pixels.new_zeros(0, dtype=torch.float32)]
-        for start in range(0, len(pixels), self.batch_size):
-            rows = slice(start, start + self.batch_size)
-            inputs = self._preprocess.tensor(pixels[rows].float(), "antialiased")
-            scores.append(self._run(inputs, prompts[rows]).to(pixels.device))
-        return torch.cat(scores)
-
-    def _run(self, pixels: Float[Tensor, "N 3 S S"], prompts: Sequence[str]) -> Float[Tensor, " N"]:
+    def _run(
+        self, pixels: Float[Tensor, "N 3 S S"], prompts: Sequence[str], timestep: Float[Tensor, " N"] | None
+    ) -> Float[Tensor, " N"]:
         tokens, mask = self.tokens(prompts)
-        return self._network(pixels.to(self._device), tokens.to(self._device), mask.to(self._device))
+        return self._network(pixels, tokens.to(self._device), mask.to(self._device))

@@ -8,18 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from diffalign.scorers import _clip_files as files
 from diffalign.scorers import _mps_cross
-from diffalign.scorers._calls import check_batch_size, check_lengths, device_of
+from diffalign.scorers._batched import BatchedScorer
 from diffalign.scorers._checkpoint import file_fingerprint, first_line, local_weights, read_checkpoint, resolve_weights
 from diffalign.scorers._clip_pixels import Preprocess
 from diffalign.types import ScorerInfo, UserError
@@ -35,7 +32,7 @@ KEPT_TEXTS = 256  # prompts whose token features are kept: 80 MB at the released
 
 
 @dataclass(frozen=True)
-class Mps:
+class Mps(BatchedScorer):
     """exp(logit_scale) x cosine of the prompt and of what the picture's [CLS] read of it; weights at the first score.
 
     path: a weights file, its folder, or a hub id. Default: others' copy of the release in safetensors; the released
@@ -45,7 +42,8 @@ class Mps:
     threshold: a prompt's token is read where its closeness to the condition, over the prompt's largest, is above. 0.3
         in both released evaluations; 0.01 in the released model's own forward, which gives other scores.
     condition: what is judged, as one string.
-    dtype: of the weights; batch_size: pictures per call; device: auto takes the GPU where there is one.
+
+    The other fields are those of `BatchedScorer`.
 
     Differs from the released code: the largest closeness is the prompt's, not the batch's (see `Network.kept`); prompts
     are always padded with the end token, as released, whatever the tokenizer's folder says.
@@ -58,12 +56,9 @@ class Mps:
     processor: str | None = None
     threshold: float = 0.3
     condition: str = OVERALL
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    batch_size: int = 32
-    device: str = "auto"
 
     def __post_init__(self) -> None:
-        check_batch_size(self.batch_size)
+        super().__post_init__()
         if not 0 <= self.threshold < 1:
             raise UserError(f"mps.threshold must lie in [0, 1) (got {self.threshold}); 0.3 is the published one")
         local_weights(self.path)
@@ -95,10 +90,6 @@ class Mps:
         return files.folder_of(self.processor or TOWERS, files.OF_WORDS)
 
     @cached_property
-    def _device(self) -> torch.device:
-        return device_of(self.device)
-
-    @cached_property
     def _network(self) -> _mps_cross.Network:
         from transformers import CLIPConfig
 
@@ -115,8 +106,7 @@ class Mps:
     def _tokenizer(self) -> Any:
         return files.load_tokenizer(str(self._words))
 
-    @cached_property
-    def _preprocess(self) -> Preprocess:
+    def _load_preprocess(self) -> Preprocess:
         side = self._network.clip.config.vision_config.image_size
         return Preprocess(files.load_processor(str(self._words), side))
 
@@ -154,26 +144,8 @@ class Mps:
             self._texts.popitem(last=False)
         return words, pooled, is_kept
 
-    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> NDArray[np.float32]:
-        """float32 [N] of finished pictures, with exactly the preprocessing of the folder's processor (Pillow)."""
-        check_lengths(images, prompts)
-        scores = [np.zeros(0, np.float32)]
-        for start in range(0, len(images), self.batch_size):
-            rows = slice(start, start + self.batch_size)
-            with torch.no_grad():
-                scores.append(self._run(self._preprocess.pictures(images[rows]), prompts[rows]).cpu().numpy())
-        return np.concatenate(scores)
-
-    def score_tensor(self, pixels: Float[Tensor, "N 3 H W"], prompts: Sequence[str]) -> Float[Tensor, " N"]:
-        """float32 [N] on the device of `pixels` (in [0, 1]), differentiable in them; in calls of `batch_size`."""
-        check_lengths(pixels, prompts)
-        scores = [pixels.new_zeros(0, dtype=torch.float32)]
-        for start in range(0, len(pixels), self.batch_size):
-            rows = slice(start, start + self.batch_size)
-            inputs = self._preprocess.tensor(pixels[rows].float(), "antialiased")
-            scores.append(self._run(inputs, prompts[rows]).to(pixels.device))
-        return torch.cat(scores)
-
-    def _run(self, pixels: Float[Tensor, "N 3 S S"], prompts: Sequence[str]) -> Float[Tensor, " N"]:
+    def _run(
+        self, pixels: Float[Tensor, "N 3 S S"], prompts: Sequence[str], timestep: Float[Tensor, " N"] | None
+    ) -> Float[Tensor, " N"]:
         words, pooled, is_kept = self._text(prompts)
-        return self._network.compare(self._network.images(pixels.to(self._device), words, is_kept), pooled)
+        return self._network.compare(self._network.images(pixels, words, is_kept), pooled)

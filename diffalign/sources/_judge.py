@@ -18,7 +18,7 @@ from diffalign.preference_rules import standardised as standardised
 from diffalign.scorers._build import build_scorers
 from diffalign.types import UserError
 
-Prefer = Literal["sum", "pareto", "maximin"]
+Prefer = Literal["sum", "pareto", "maximin", "pairwise"]
 Pairs = Literal["best-worst", "all"]
 
 
@@ -61,6 +61,9 @@ def within(seconds: float | None, call: Callable[[], Any], what: str) -> Any:
 class Judge:
     """Scores by named scorers, weighed into one utility or compared one by one.
 
+    Of `pairwise`, where a general preference compares pictures instead, the columns of scores are a picture's
+    embedding, which says nothing alone: `utility` and `pairs` compare those of a prompt.
+
     Args:
         scorers: config names, or mappings with `name`, the scorer's own keys and, to tell two of a kind apart, `as`.
         weights: of each in the sum; default 1 each.
@@ -68,7 +71,8 @@ class Judge:
         timeout: seconds for one call of a scorer.
 
     Raises:
-        UserError: no scorer, an unknown one, two of one name, or weights of another number.
+        UserError: no scorer, an unknown one, two of one name, weights of another number, or one that compares where
+            scores are wanted, and the other way round.
     """
 
     def __init__(
@@ -83,6 +87,12 @@ class Judge:
         self.scorers: dict[str, Any] = dict(build_scorers(scorers, "source.scorers"))
         if weights and len(weights) != len(self.scorers):
             raise UserError(f"source.weights has {len(weights)} numbers for {len(self.scorers)} scorers")
+        for name, scorer in self.scorers.items():
+            if hasattr(scorer, "represent") != (prefer == "pairwise"):
+                what = "scores pictures one by one" if prefer == "pairwise" else "compares pictures and has no scores"
+                raise UserError(f"source.scorers: {name} {what}: source.prefer=pairwise is for general_preference")
+        if prefer == "pairwise" and (len(self.scorers) > 1 or weights):
+            raise UserError("source.prefer=pairwise takes one scorer, and no weights")
         self.weights = np.array(weights or [1.0] * len(self.scorers))
         self.prefer, self.timeout = prefer, timeout
 
@@ -96,6 +106,9 @@ class Judge:
     @property
     def names(self) -> list[str]:
         """Of the score columns."""
+        if self.prefer == "pairwise":
+            ((name, scorer),) = self.scorers.items()
+            return [f"{name}_{place}" for place in range(scorer.dim)]
         return list(self.scorers)
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Float[NDArray[np.float32], "N J"]:
@@ -107,9 +120,13 @@ class Judge:
             UserError: a scorer refuses its input (ValueError).
             RuntimeError: it failed twice, gave no answer in time, or another number of scores.
         """
-        return self._asked(lambda scorer: scorer.score(list(images), list(prompts)), len(images))
+        if self.prefer == "pairwise":
+            return self._asked(
+                lambda scorer: scorer.represent(list(images), list(prompts)), (len(images), len(self.names))
+            )
+        return self._asked(lambda scorer: scorer.score(list(images), list(prompts)), (len(images),))
 
-    def _asked(self, ask: Callable[[Any], Any], num: int) -> Float[NDArray[np.float32], "N J"]:
+    def _asked(self, ask: Callable[[Any], Any], shape: tuple[int, ...]) -> Float[NDArray[np.float32], "N J"]:
         columns = []
         for name, scorer in self.scorers.items():
 
@@ -132,10 +149,10 @@ class Judge:
                 told = " ".join(f"{type(error).__name__}: {error}".split())
                 raise RuntimeError(f"{what} failed twice: {told}; the same command resumes") from error
             column = torch.as_tensor(values).detach().float().cpu().numpy()
-            if column.shape != (num,):
-                raise RuntimeError(f"{what} gave scores of shape {column.shape} for {num} images")
+            if column.shape != shape:
+                raise RuntimeError(f"{what} gave scores of shape {column.shape} for {shape[0]} images")
             columns.append(np.where(np.isfinite(column), column, np.nan))
-        return np.stack(columns, axis=1)
+        return np.column_stack(columns)
 
     def score_pixels(
         self, pixels: Float[Tensor, "N 3 H W"], prompts: Sequence[str], timestep: float
@@ -157,29 +174,35 @@ class Judge:
                 images.extend(Image.fromarray(array) for array in arrays)
             return scorer.score(images, list(prompts))
 
-        return self._asked(of, len(pixels))
+        return self._asked(of, (len(pixels),))
 
     def utility(self, scores: Float[NDArray[np.float32], "K J"]) -> Float[NDArray[np.float64], " K"]:
-        """One number per candidate of a prompt, NaN where a scorer had none: the weighted sum, or, for `maximin`, the
-        worst of its scores, each standardised over the candidates that all scorers judged."""
-        values = scores.astype(float)
-        is_judged = np.isfinite(values).all(axis=1)
-        utility = np.full(len(values), np.nan)
+        """One number per candidate of a prompt, NaN where a scorer had none: the weighted sum; for `maximin` the worst
+        of its scores, each standardised over the candidates that all scorers judged; for `pairwise` its mean
+        probability to beat the others."""
+        is_judged = np.isfinite(scores).all(axis=1)
+        utility = np.full(len(scores), np.nan)
         if is_judged.any():
-            utility[is_judged] = preference_rules.utility(values[is_judged], self.prefer, self.weights)
+            utility[is_judged] = preference_rules.utility(self._values(scores[is_judged]), self.prefer, self.weights)
         return utility
+
+    def _values(self, scores: Float[NDArray[np.float32], "K J"]) -> Float[NDArray[np.float64], "K J"]:
+        """What the rules take: scores, or P(row beats column) [K K] of embeddings."""
+        if self.prefer != "pairwise":
+            return scores.astype(float)
+        (scorer,) = self.scorers.values()
+        return np.asarray(scorer.win_table(torch.from_numpy(np.ascontiguousarray(scores))), dtype=float)
 
     def pairs(self, scores: Float[NDArray[np.float32], "K J"], rule: Pairs, min_margin: float) -> list[tuple[int, int]]:
         """(winner, loser) among the candidates of a prompt; candidates without a score are left out.
 
         `best-worst`: one pair; `all`: every two that differ; by `prefer` as in `preference_rules.compare`. Of the
-        best-worst rule `maximin` takes the extremes that it names, the others the pair of the largest size.
+        best-worst rule `maximin` and `pairwise` take the extremes that they name, others the pair of the largest size.
         """
         judged = np.flatnonzero(np.isfinite(scores).all(axis=1))
-        values = scores[judged].astype(float)
         if len(judged) < 2:
             return []
-        verdict = preference_rules.compare(values, self.prefer, self.weights, min_margin)
+        verdict = preference_rules.compare(self._values(scores[judged]), self.prefer, self.weights, min_margin)
         if rule == "best-worst" and verdict.extremes is not None:
             best, worst = verdict.extremes
             return [(int(judged[best]), int(judged[worst]))] if verdict.extremes_differ else []

@@ -83,6 +83,8 @@ class RivalBatches:
                 if np.isfinite(utility[-1]) and np.isfinite(utility[:-1]).any():
                     wins.append(utility[-1] > np.nanmax(utility[:-1]))
         means: dict[str, float] = {"rival_wins": float(np.mean(wins))} if wins else {}
+        if judge.prefer == "pairwise":  # an embedding's mean says nothing
+            return means
         for part, rows in (("_recorded", np.concatenate(recorded)), ("", np.stack(rivals))):
             for j, name in enumerate(judge.names):
                 column = rows[np.isfinite(rows[:, j]), j]

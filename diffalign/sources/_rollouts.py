@@ -218,7 +218,7 @@ class Rollouts:
         if winner != GROUP and source.utility == "won":
             return torch.tensor([1.0, 0.0])
         value = source.judge.utility(self._scores(shard)[p])
-        if source.utility == "win-rate":
+        if source.utility == "win-rate" and source.judge.prefer != "pairwise":  # whose utility is the win rate
             value = _win_rates(value, source.temperature)
         chosen = value if winner == GROUP else value[[winner, loser]]
         return torch.from_numpy(np.nan_to_num(chosen)).float()  # what is NaN is masked
@@ -236,6 +236,8 @@ class Rollouts:
             "units": float(num_units),
             "kept_prompts": float(per_prompt.mean()),
         }
+        if self.source.judge.prefer == "pairwise":  # an embedding's mean says nothing
+            return told
         return told | {name: float(np.nanmean(flat[:, j])) for j, name in enumerate(self.source.judge.names)}
 
     def keep(self, shards: Sequence[Shard], folder: Path) -> None:

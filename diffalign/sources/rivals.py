@@ -84,7 +84,7 @@ class Rivals(Offline):
 
     def twin(self, stand_ins: StandIns) -> Rivals:
         """See `Offline.twin`."""
-        smaller = stand_ins.of_rounds(self.sampling)
+        smaller = stand_ins.of_rounds(self.sampling) | {"prefer": "sum"}  # the stand-in gives scores
         if not self.scorers:
             smaller["scorers"] = ()
         return replace(super().twin(stand_ins), **smaller)  # type: ignore[return-value]

@@ -24,7 +24,8 @@ class Rollout:
     votes: people judge instead: after sampling the run ends and says where to vote (a ballot of pictures, a file of
         votes); the same command goes on when the votes are there.
     weights, prefer: of several scorers: the weighted `sum`, `pareto` dominance (D3PO's code), or `maximin` (the worst
-        standardised score).
+        standardised score). `pairwise`: the one scorer is a general_preference, which compares pictures two at a time;
+        the utility of one is its mean probability to beat the others of the prompt.
     compare: `pairs` makes records of two, `groups` of all images of a prompt, for listwise objectives and GRPO.
     pairs: which two: the `best-worst` of a prompt, or `all` whose scores differ by more than `min_margin`.
     utility: of a pair `won` is (1, 0); `score` is the sum of scores; `win-rate` the mean probability to beat the other
@@ -136,6 +137,7 @@ class Rollout:
             **stand_ins.of_rounds(self.sampling),
             prompts=self.prompts or stand_ins.prompts,
             votes=False,
+            prefer="sum",  # the stand-in gives scores
             prompts_per_round=2,
             images_per_prompt=2,
             min_margin=0.0,

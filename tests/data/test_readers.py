@@ -23,7 +23,7 @@ def data(name: str, path, **settings_):
 
 
 def test_names_are_the_layouts():
-    assert names("data") == ["auto", "folders", "jsonl", "pickapic", "records"]
+    assert names("data") == ["auto", "folders", "jsonl", "pickapic", "records", "votes"]
 
 
 LABELS = st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=1, max_size=12).filter(lambda labels: set(labels) != {0.5})

@@ -46,6 +46,31 @@ def test_prompts_equal_the_pipelines_own(twins: Twins, twin: str) -> None:
         assert len(got[name].flatten(1).unique(dim=0)) == len(PROMPTS)
 
 
+def test_cut_prompts_are_a_short_counted_line(
+    twins: Twins, twin: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """For what diffusers says with every prompt in full. SD3's T5 reads 256 tokens where CLIP reads 77."""
+    model, most = twins.load(twin), 256 if twin == "sd3" else 77
+    model.encode_prompts(["a red circle"])
+    words = model.pipeline.tokenizer_3 if twin == "sd3" else model.pipeline.tokenizer
+    longest = max(
+        n for n in range(1, 300) if len(words("a " * n, truncation=True, max_length=most + 1).input_ids) <= most
+    )
+    just, more = "a " * longest, "a " * (longest + 1)
+    model.encode_prompts([just])
+    assert not caplog.messages
+    model.encode_prompts([more, "a circle " * 2000])
+    assert caplog.messages == [
+        f"2 of 4 prompts so far are longer than the {most} tokens that are read: the rest of them is cut off"
+    ]
+    for _ in range(4):
+        model.encode_prompts([more, just])
+    assert len(caplog.messages) == 1  # the next line is at the tenth
+    model.encode_prompts([more] * 4)
+    assert caplog.messages[-1].startswith("10 of 16 prompts")
+    assert "Token indices" not in capfd.readouterr().err
+
+
 def test_empty_prompt_is_the_pipelines_unconditional(twins: Twins, twin: str) -> None:
     model, pipeline = twins.load(twin), twins.pipeline(twin)
     got = model.empty_prompt()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,9 +11,11 @@ import pytest
 from makers import picture
 
 from diffalign._json import read_json
+from diffalign.config import Config
 from diffalign.data import RecordWriter
 from diffalign.recipes.agree import agree, summary
-from diffalign.sections import Agree
+from diffalign.recipes.score import score
+from diffalign.sections import Agree, Score
 from diffalign.types import Record, ScorerInfo, UserError
 
 
@@ -46,8 +47,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def go(out: Path, **settings: Any) -> dict[str, Any]:
-    path = agree(SimpleNamespace(agree=Agree(out=str(out), **settings)), quiet=True)  # type: ignore[arg-type]
-    return read_json(path)
+    how = settings.pop("score", Score(cache=False))
+    return read_json(agree(Config(agree=Agree(out=str(out), **settings), score=how), quiet=True))
 
 
 def test_rules_over_records(data, tmp_path):
@@ -83,6 +84,8 @@ def test_pickapic_fits_its_tie_gap_elsewhere(data, tmp_path):
 class Choosy(Brightness):
     """Gives NaN for one prompt, refuses another."""
 
+    info: ClassVar[ScorerInfo] = ScorerInfo("choosy", "1", ("image", "prompt"), "level", (-255.0, 255.0))
+
     def score(self, images: list[Any], prompts: list[str]) -> np.ndarray:
         if "thing 3" in prompts:
             raise ValueError("not this one")
@@ -96,6 +99,40 @@ def test_what_a_scorer_cannot_judge_is_left_out_for_it_and_counted(data, tmp_pat
     assert found["choosy"]["unjudged"] == 2 and found["choosy"]["prompts"] == 8
     assert found["choosy"]["pairs"] == 25 - 2 * 2 and found["choosy"]["agreement"] == pytest.approx(18 / 21)
     assert "choosy: 2 records not judged, left out" in summary(tmp_path / "agree.json")
+
+
+@dataclass(frozen=True)
+class Counted(Brightness):
+    """Brightness, and how many pictures it was asked about."""
+
+    asked: ClassVar[list[int]] = []
+
+    def score(self, images: list[Any], prompts: list[str]) -> np.ndarray:
+        self.asked.append(len(images))
+        return super().score(images, prompts)
+
+
+def test_nothing_is_scored_twice(data, tmp_path):
+    """Not by a second run, not by a fit on the same records, and not after `score` of the same pictures and prompts."""
+    counted, cache = {"name": "test_agree:Counted", "as": "counted"}, Score(cache_dir=str(tmp_path / "cache"))
+    Counted.asked.clear()
+    first = go(tmp_path / "a", data=data, scorers=(counted,), score=cache)
+    again = go(tmp_path / "b", data=data, scorers=(counted,), rule="pickapic", validation=data, score=cache)
+    assert sum(Counted.asked) == 30 and first["scorers"]["counted"]["pairs"] == 25
+    assert again["scorers"]["counted"]["pairs"] == 30
+    Counted.asked.clear()
+    go(tmp_path / "c", data=data, scorers=(counted,), rule="pickapic", validation=data)  # without a cache of all runs
+    assert sum(Counted.asked) == 30 and [path.name for path in (tmp_path / "c").iterdir()] == ["agree.json"]
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "0.png").write_bytes(picture(0, 250, side=32))
+    (images / "manifest.jsonl").write_text('{"file": "0.png", "prompt": "x", "prompt_id": 0, "number": 0}\n')
+    score(Config(score=replace(cache, images=str(images), scorers=(counted,))), quiet=True)
+    with RecordWriter(tmp_path / "more") as writer:
+        writer.write(Record(0, "x", (picture(0, 250, side=32), picture(1, 60, side=32)), (1.0, 0.0)))
+    Counted.asked.clear()
+    go(tmp_path / "d", data={"path": str(tmp_path / "more")}, scorers=(counted,), score=cache)
+    assert Counted.asked == [1]
 
 
 def test_refusals(data, tmp_path):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from makers import run_cli
 from PIL import Image
 
 from diffalign import api
@@ -238,6 +239,40 @@ def test_a_killed_evaluation_does_not_score_again(cache: bool, tmp_path: Path) -
     again = score_folder(folder, {"c": scorer}, settings, World(), "m", True)
     assert again["c"].tolist() == found["c"].tolist() and scorer.asked == (6 if cache else 12)
     assert not list(folder.glob("*.sqlite*")) and (tmp_path / "cache").exists() == cache
+
+
+@pytest.mark.slow
+def test_two_processes_come_to_what_one_does(adapter: Path, tmp_path: Path) -> None:
+    """Pictures, scores, win rates, diversity and report; what differs is where it ran and for how long."""
+    settings = {
+        "evaluate.prompts": "sprites:heldout:5:two",
+        "evaluate.adapters": f"[{adapter}]",
+        "evaluate.scorers": "[sprites_gold,sprites_sparse]",
+        "evaluate.features": "sprites_clip",
+        "evaluate.seeds": 2,
+        "sampling.num_steps": 2,
+        "sampling.cfg_scale": 1.0,
+        "sampling.batch_size": 3,
+        "score.batch_size": 2,
+        "score.cache": "false",  # so that both must also part from the file that they share
+    }
+    found: list[dict[str, Any]] = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        words = [f"{key}={value}" for key, value in settings.items()]
+        result = run_cli("evaluate", "--quiet", "sprites-sdxl", *words, f"evaluate.out={out}", processes=processes)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("report: ") == 1  # said once
+        found.append(json.loads((out / "results.json").read_text()))
+        assert (out / "report.html").is_file() and (out / "grid.png").is_file()
+        assert not list(out.rglob("*.sqlite*")) and not list(out.rglob("*.tmp"))
+    one, two = found
+    for name in ("comparison", "spread", "scorers", "warnings", "headline"):
+        assert one[name] == two[name], name
+    pictures = sorted((tmp_path / "1" / "images").rglob("*.png"))
+    assert len(pictures) == 20
+    for file in pictures:
+        assert file.read_bytes() == (tmp_path / "2" / file.relative_to(tmp_path / "1")).read_bytes()
 
 
 def test_what_cannot_be_read_or_judged_is_one_line_every_time(tmp_path: Path) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +203,54 @@ def test_what_an_interruption_leaves_is_finished_to_the_same_bytes(folder, monke
     before = files(again)
     go(folder, "again", **settings)
     assert files(again) == before
+
+
+def dies_at(event: int | None, patch: pytest.MonkeyPatch) -> list[int]:
+    """Every file that lands and every record counts; in place of number `event` the process is killed."""
+    counted = [0]
+
+    def counting(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **keys: Any) -> Any:
+            if counted[0] == event:
+                os.kill(os.getpid(), signal.SIGKILL)
+            counted[0] += 1
+            return original(*args, **keys)
+
+        return call
+
+    patch.setattr(os, "replace", counting(os.replace))
+    patch.setattr(RecordWriter, "write", counting(RecordWriter.write))
+    return counted
+
+
+def test_sigkill_anywhere_then_the_same_command_gives_the_same_bytes(tmp_path, monkeypatch):
+    """In place of any file or record, the first and the last among them; with pairs for people, and their votes."""
+    folder = scored(tmp_path / "images", prompts=4)
+    votes = "".join(json.dumps({"id": f"00000-00{n}", "winner": n}) + "\n" for n in range(2))
+    start = RecordWriter.__init__
+    monkeypatch.setattr(RecordWriter, "__init__", lambda self, out, **keys: start(self, out, shard_records=4, **keys))
+
+    def run(out: str) -> Path:
+        settings = {"prefer": "jury", "rule": "all-pairs", "humans": 2, "sheet": 2}
+        go(folder, out, **settings)
+        (folder / out / "queue" / "votes.jsonl").write_text(votes)
+        return go(folder, out, **settings)
+
+    with monkeypatch.context() as patch:
+        counted = dies_at(None, patch)
+        expected = files(run("whole"))
+    assert counted[0] > 20 and {"voted/records-00000.parquet", "records-00001.parquet"} < set(expected)
+    for event in range(counted[0]):
+        child = os.fork()
+        if child == 0:
+            dies_at(event, monkeypatch)
+            try:
+                run("killed")
+            finally:
+                os._exit(1)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+        assert files(run("killed")) == expected, event
+        shutil.rmtree(folder / "killed")
 
 
 def test_images_without_a_score_are_left_out_and_counted(tmp_path):

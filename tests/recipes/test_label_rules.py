@@ -10,7 +10,7 @@ import pytest
 from makers import picture
 from PIL import Image
 
-from diffalign.preference_rules import chosen_pairs, compare, is_decided, vote_shares, win_probability
+from diffalign.preference_rules import chosen_pairs, compare, is_decided, utility, vote_shares, win_probability
 from diffalign.recipes._label_captions import perturbed
 from diffalign.recipes._label_degrade import degrade, ladder
 from diffalign.recipes._label_rules import choices, labelled
@@ -72,6 +72,31 @@ def test_votes_are_shares_of_comparisons_won():
     assert vote_shares(array([[1, 1], [1, 0]])) == pytest.approx([0.5, 0])  # a tie gives neither a point
     scaled = array(VOTES).T * [1, 100, 0.1, 7, 3] + 5
     assert np.array_equal(vote_shares(scaled), vote_shares(array(VOTES).T))
+
+
+def test_pairwise_takes_the_judges_own_probabilities():
+    table = array([[0.5, 0.9, 0.6], [0.1, 0.5, 0.8], [0.4, 0.2, 0.5]])  # 0 beats 1 and 2, 1 beats 2
+    verdict = compare(table, "pairwise", ())
+    assert verdict.size[0, 1] == pytest.approx(0.8) and np.array_equal(verdict.size, -verdict.size.T)
+    assert utility(table, "pairwise", ()) == pytest.approx([0.75, 0.45, 0.3])
+    assert verdict.extremes == (0, 2) and verdict.extremes_differ  # though 0 beats 1 by more
+    made = choices(table, Label(prefer="pairwise", judge="x", rule="all-pairs"), ())
+    assert [choice.places for choice in made] == [(0, 1), (0, 2), (1, 2)]
+    assert [choice.probability for choice in made] == pytest.approx([0.9, 0.6, 0.8])
+    (best,) = choices(table, Label(prefer="pairwise", judge="x", labels="soft"), ())
+    assert labelled(best, Label(prefer="pairwise", judge="x", labels="soft"), ["a", "b"]).utility == pytest.approx(
+        (0.6, 0.4)
+    )
+
+
+def test_a_perfect_circle_has_no_best_and_a_losing_best_is_no_pair():
+    circle = array([[0.5, 0.7, 0.3], [0.3, 0.5, 0.7], [0.7, 0.3, 0.5]])
+    assert compare(circle, "pairwise", ()).wins.sum() == 3
+    assert not compare(circle, "pairwise", ()).extremes_differ
+    # 0 wins most on the mean, 2 least, and yet 2 beats 0: undecided
+    odd = array([[0.5, 1.0, 0.4, 1.0], [0.0, 0.5, 1.0, 0.5], [0.6, 0.0, 0.5, 0.0], [0.0, 0.5, 1.0, 0.5]])
+    verdict = compare(odd, "pairwise", ())
+    assert verdict.extremes == (0, 2) and not verdict.extremes_differ
 
 
 def test_a_ranking_by_votes_is_rankdpos_sample():

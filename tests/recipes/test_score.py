@@ -591,8 +591,11 @@ def test_the_short_words_of_the_command_line(images, plain, tmp_path, capsys):
     first = json.loads((plain / "scores.jsonl").read_text().splitlines()[0])
     assert list(first["scores"]) == ["sprites_gold", "sprites_sparse"]
     assert main(["score", f"score.images={images}", "scorers=[test_score:brightness]", "--quiet"]) == 0
-    assert main(["score", "/nowhere", "--quiet"]) == 2
-    assert "/nowhere" in capsys.readouterr().err
+    for missing in ("/nowhere", "nowhere", "no/where"):
+        assert main(["score", missing, "scorers=[sprites_gold]", "--quiet"]) == 2
+        assert f"score.images={missing}: no such folder" in capsys.readouterr().err
+    assert main(["score", "nowhere.yaml", "--quiet"]) == 2  # a config by its name
+    assert "no config file nowhere.yaml" in capsys.readouterr().err
     with pytest.raises(SystemExit) as exit_:
         main(["score", str(images), "--promts", "x"])
     assert exit_.value.code == 2 and "--promts" in capsys.readouterr().err

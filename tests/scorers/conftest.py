@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from diffalign.recipes import train_scorer
 from diffalign.scorers import _clip_files as files
 from diffalign.scorers._step_clip import Modulation
 from diffalign.sprites.scorer import clip, write_clip
@@ -36,6 +40,42 @@ def pictures(num: int = 5, side: int = 64) -> list[Image.Image]:
 def tensor(images: list[Image.Image]) -> torch.Tensor:
     """float32 [N, 3, H, W] in [0, 1]."""
     return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float() / 255
+
+
+def same_in_any_batch(
+    made: Callable[..., Any], images: Sequence[Image.Image], prompts: Sequence[str], atol: float
+) -> np.ndarray:
+    """Scores depend neither on batch mates nor on their order; returns them. `made` takes a scorer's fields."""
+    together = made().score(images, prompts)
+    for size in (1, 3):
+        turned = made(batch_size=size).score(images[::-1], prompts[::-1])[::-1]
+        np.testing.assert_allclose(together, turned, atol=atol)
+    return together
+
+
+def same_under_autocast(made: Callable[[], Any], images: list[Image.Image], prompts: Sequence[str]) -> None:
+    """A caller's autocast changes no bit of a scorer that is loaded and asked under it; images of one size."""
+    alone = made()
+    expected = alone.score(images, prompts), alone.score_tensor(tensor(images), prompts)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = made()
+        np.testing.assert_array_equal(under.score(images, prompts), expected[0])
+        assert torch.equal(under.score_tensor(tensor(images), prompts), expected[1])
+
+
+@contextmanager
+def interrupted(step: int) -> Iterator[None]:
+    """`train-scorer` is interrupted in place of that step, and must be."""
+    train_step = train_scorer.train_step
+
+    def cut(trainer: Any, batch: Any, number: int) -> dict[str, float]:
+        if number == step:
+            raise KeyboardInterrupt
+        return train_step(trainer, batch, number)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_scorer, "train_step", cut)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -23,8 +23,8 @@ from diffalign.scorers import _clip_files as files
 from diffalign.scorers import _preference_head as heads
 from diffalign.types import UserError
 
-from .conftest import PROMPTS, pictures, randomised
-from .towers import SIDE, write_folder
+from .conftest import PROMPTS, interrupted, pictures
+from .towers import SIDE, write_folder, write_head
 
 HUES = {"rock": (200, 40, 40), "paper": (40, 200, 40), "scissors": (40, 40, 200)}
 BEATS = [("paper", "rock"), ("scissors", "paper"), ("rock", "scissors")]
@@ -89,16 +89,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def head_folder(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def head_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The random CLIP with a random head beside it."""
-    folder = tmp_path_factory.mktemp("head")
-    clip = files.load_clip(str(base))
-    files.save_folder(folder, clip, None, files.load_tokenizer(str(base)), files.load_processor(str(base), SIDE))
-    torch.manual_seed(3)
-    head = randomised(heads.PreferenceHead(clip.config.projection_dim, 6))
-    assert isinstance(head, heads.PreferenceHead)
-    heads.save(folder, head)
-    return folder
+    return write_head(tmp_path_factory.mktemp("head"))
 
 
 def test_log_odds_are_those_of_the_block_skew_matrix() -> None:
@@ -171,6 +164,12 @@ def test_nothing_depends_on_the_batch(head_folder: Path) -> None:
     assert opened(head_folder).prefer([], [], []).shape == (0,)
 
 
+def test_a_callers_autocast_changes_nothing(head_folder: Path) -> None:
+    expected = opened(head_folder).represent(pictures(2), PROMPTS[:2])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(opened(head_folder).represent(pictures(2), PROMPTS[:2]), expected)
+
+
 def test_the_version_follows_the_head(head_folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     copy.mkdir()
@@ -240,21 +239,12 @@ def test_a_circle_is_learned_by_the_general_head_alone(base: Path, tmp_path: Pat
         opened(tmp_path / "score" / "export")
 
 
-def test_it_resumes_and_goes_on_from_its_export(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_resumes_and_goes_on_from_its_export(base: Path, tmp_path: Path) -> None:
     data, keys = circle(tmp_path / "circle.parquet", 12), {"steps": 4, "batch_size": 4, "checkpoint_every": 2}
     keys |= {"validate_every": 0}
     train(base, data, tmp_path / "whole", **keys)
-    step = recipe.train_step
-
-    def cut(trainer: Any, batch: Any, number: int) -> dict[str, float]:
-        if number == 3:
-            raise KeyboardInterrupt
-        return step(trainer, batch, number)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(recipe, "train_step", cut)
-        with pytest.raises(KeyboardInterrupt):
-            train(base, data, tmp_path / "cut", **keys)
+    with interrupted(3):
+        train(base, data, tmp_path / "cut", **keys)
     train(base, data, tmp_path / "cut", **keys)
     for name in (files.HEAD_FILE, "model.safetensors"):
         whole, resumed = (load_file(tmp_path / run / "export" / name) for run in ("whole", "cut"))

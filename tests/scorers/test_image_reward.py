@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from diffalign.registry import build
 from diffalign.scorers._clip_pixels import Preprocess, clip_processor
 from diffalign.types import UserError
 
-from .conftest import PROMPTS, pictures, tensor
+from .conftest import PROMPTS, pictures, same_in_any_batch, same_under_autocast, tensor
 
 WIDTH, HIDDEN, HEADS, SIDE, PATCH, VISION_LAYERS, TEXT_LAYERS = 128, 64, 2, 32, 8, 2, 2
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -189,11 +190,7 @@ def test_a_prompt_is_cut_and_padded_to_35_wordpieces_with_cls_first(folder: Path
 
 def test_scores_depend_neither_on_batch_mates_nor_on_their_order(folder: Path) -> None:
     images = pictures(side=0)
-    together = scorer(folder).score(images, PROMPTS)
-    alone = scorer(folder, batch_size=1).score(images, PROMPTS)
-    turned = scorer(folder, batch_size=2).score(images[::-1], PROMPTS[::-1])[::-1]
-    np.testing.assert_allclose(together, alone, atol=1e-5)
-    np.testing.assert_allclose(together, turned, atol=1e-5)
+    same_in_any_batch(partial(scorer, folder), images, PROMPTS, 1e-5)
     assert len(scorer(folder).score([], [])) == 0
     with pytest.raises(ValueError, match="5 images for 1 prompts"):
         scorer(folder).score(images, ["a"])
@@ -269,6 +266,10 @@ def test_wrong_files_are_one_line(folder: Path, weights: dict[str, Tensor], tmp_
     assert "wordpieces" in said(tokenizer=str(tmp_path))
     (tmp_path / "other").mkdir()
     assert "no BERT tokenizer" in said(tokenizer=str(tmp_path / "other"))
+
+
+def test_a_callers_autocast_changes_nothing(folder: Path) -> None:
+    same_under_autocast(partial(scorer, folder), pictures(2), PROMPTS[:2])
 
 
 def test_the_version_tells_weights_and_settings_apart(folder: Path, weights: dict[str, Tensor], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from diffalign.registry import build
 from diffalign.scorers.mps import OVERALL
 from diffalign.types import UserError
 
-from .conftest import PROMPTS, pictures, tensor
+from .conftest import PROMPTS, pictures, same_in_any_batch, same_under_autocast, tensor
 
 HEADS, LAYERS = 3, 2
 CONDITION = "a small red circle and a large blue square"  # of words that the tiny tokenizer has
@@ -145,11 +146,7 @@ def test_the_threshold_and_the_condition_matter(folder: Path) -> None:
 
 def test_scores_depend_neither_on_batch_mates_nor_on_their_order(folder: Path) -> None:
     prompts = ["a small red circle", "two", "", "a large green square left of a small blue cross", "red " * 50]
-    together = scorer(folder, threshold=0.9).score(pictures(side=0), prompts)
-    alone = scorer(folder, threshold=0.9, batch_size=1).score(pictures(side=0), prompts)
-    turned = scorer(folder, threshold=0.9, batch_size=2).score(pictures(side=0)[::-1], prompts[::-1])[::-1]
-    np.testing.assert_allclose(together, alone, atol=1e-5)
-    np.testing.assert_allclose(together, turned, atol=1e-5)
+    together = same_in_any_batch(partial(scorer, folder, threshold=0.9), pictures(side=0), prompts, 1e-5)
     assert np.isfinite(together).all() and len(scorer(folder).score([], [])) == 0
     with pytest.raises(ValueError, match="5 images for 1 prompts"):
         scorer(folder).score(pictures(), ["a"])
@@ -229,6 +226,10 @@ def test_wrong_files_are_one_line(folder: Path, clip_folder: Path, tmp_path: Pat
     (tmp_path / "words").mkdir()
     assert "config.json" in said(folder / "model.safetensors", processor=str(tmp_path / "words"))
     assert "threshold" in said(folder, threshold=1.5)
+
+
+def test_a_callers_autocast_changes_nothing(folder: Path) -> None:
+    same_under_autocast(partial(scorer, folder), pictures(2), PROMPTS[:2])
 
 
 def test_the_version_tells_settings_apart(folder: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from diffalign.registry import build
 from diffalign.scorers import _clip_files as files
@@ -135,6 +136,22 @@ def test_saved_and_opened_again_is_the_same(step_folder: Path, tmp_path: Path) -
     second, pixels = scorer("step_aware", copy), tensor(pictures())
     times = torch.arange(5) * 200.0
     assert torch.equal(first.score_tensor(pixels, PROMPTS, times), second.score_tensor(pixels, PROMPTS, times))
+
+
+def test_confidence_scales_the_score_of_its_timestep_and_a_released_file_has_none(
+    step_folder: Path, tmp_path: Path
+) -> None:
+    made, pixels = scorer("step_aware", step_folder), tensor(pictures())
+    times = torch.tensor([0.0, 251.0, 251.0, 701.0, 951.0])
+    modulation = made._towers.modulation
+    assert modulation is not None
+    scale = modulation.confidence(times)
+    assert scale[1] == scale[2] and len(set(scale.tolist())) == 4
+    released = shutil.copytree(step_folder, tmp_path / "released")
+    weights = {n: w for n, w in load_file(released / files.STEP_FILE).items() if not n.startswith("log_confidence")}
+    save_file(weights, released / files.STEP_FILE)
+    plain = scorer("step_aware", released).score_tensor(pixels, PROMPTS, times)
+    torch.testing.assert_close(made.score_tensor(pixels, PROMPTS, times), scale.detach() * plain)
 
 
 def test_a_folder_without_modulation_says_what_it_is(clip_folder: Path, step_folder: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from diffalign.cli import main
 from diffalign.config import resolve
 from diffalign.metrics import read_metrics
+from diffalign.recipes import _scorer_setup as setup
 from diffalign.recipes import train_scorer as recipe
 from diffalign.recipes._scorer_loss import label_of, pair_loss, prompt_weights, pseudo_label
 from diffalign.recipes._scorer_previews import Previews, time_of
@@ -27,7 +28,7 @@ from diffalign.registry import build
 from diffalign.schedule import RectifiedFlow, VariancePreserving
 from diffalign.types import UserError
 
-from .conftest import PROMPTS, pictures
+from .conftest import PROMPTS, interrupted, pictures
 
 
 def test_loss_has_the_released_values() -> None:
@@ -108,21 +109,10 @@ def test_learns_and_exports_what_it_trained(clip_folder: Path, data: Path, tmp_p
     assert again == result and len(read_metrics(tmp_path / "run")) == 12
 
 
-def test_a_resumed_run_is_an_uninterrupted_one(
-    clip_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_run_is_an_uninterrupted_one(clip_folder: Path, data: Path, tmp_path: Path) -> None:
     go(clip_folder, data, tmp_path / "whole")
-    step = recipe.train_step
-
-    def cut(trainer: Any, batch: Any, number: int) -> dict[str, float]:
-        if number == 5:
-            raise KeyboardInterrupt
-        return step(trainer, batch, number)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(recipe, "train_step", cut)
-        with pytest.raises(KeyboardInterrupt):
-            go(clip_folder, data, tmp_path / "cut")
+    with interrupted(5):
+        go(clip_folder, data, tmp_path / "cut")
     go(clip_folder, data, tmp_path / "cut")
     whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
@@ -230,6 +220,23 @@ def test_step_aware_trains_on_previews_and_resumes(clip_folder: Path, data: Path
     go(tmp_path / "run" / "export", data, tmp_path / "more", "sprites-sdxl", **keys | {"steps": 1})
 
 
+@pytest.mark.slow
+def test_the_modulation_has_its_own_rate_also_after_a_resume(clip_folder: Path, data: Path, tmp_path: Path) -> None:
+    """AdamW's first steps are as long as the rate, whatever the gradient."""
+    keys = {"step_aware": True, "cfg_scale": 1.0, "validate_every": 0, "lr": 1e-6, "modulation_lr": 1e-3}
+    keys |= {"weight_decay": 0.0, "lr_schedule": "constant", "warmup_steps": 0, "checkpoint_every": 1}
+    config = resolve(["sprites-sdxl", *words(clip_folder, data, tmp_path / "run", **keys, steps=2)])
+    trainer = recipe.set_up(config, True)
+    before = {name: value.detach().clone() for name, value in trainer.parameters.items()}
+    for step in range(2):
+        recipe.train_step(trainer, trainer.pairs.batch(step), step)
+        setup.save(trainer, step + 1)
+        trainer = recipe.set_up(config, True)
+    moved = {name: float((value.detach() - before[name]).abs().max()) for name, value in trainer.parameters.items()}
+    assert 0 < max(value for name, value in moved.items() if name.startswith("clip")) < 3e-6
+    assert 1e-3 < max(value for name, value in moved.items() if name.startswith("modulation")) < 3e-3
+
+
 class _Model:
     """A model whose denoiser returns what it is given and whose decoder shows the latents."""
 
@@ -289,6 +296,7 @@ def test_bad_input_is_one_line(clip_folder: Path, data: Path, tmp_path: Path) ->
     refused("go together", labels="scorer")
     refused("go together", label_scorer="sprites_gold")
     refused("tie_gap", tie_gap=1.0)
+    refused("modulation_lr is for train_scorer.step_aware", modulation_lr=1e-3)
     refused("steps must be at least 1", steps=0)
     refused("scorer sprites_gold: ", labels="scorer", label_scorer="sprites_gold")  # no sprites captions
 

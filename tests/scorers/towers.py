@@ -112,6 +112,17 @@ def write_folder(folder: Path, seed: int = 0, quick_gelu: bool = False, has_word
     return folder
 
 
+def write_head(folder: Path) -> Path:
+    """The same folder with a random general preference of 6 dimensions beside the CLIP."""
+    from diffalign.scorers import _preference_head
+
+    write_folder(folder)
+    torch.manual_seed(3)
+    head = randomised(_preference_head.PreferenceHead(CONFIG["embed_dim"], 6))
+    _preference_head.save(folder, head)
+    return folder
+
+
 def write_words(folder: Path) -> Path:
     """Tokenizer and preprocessor config."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil

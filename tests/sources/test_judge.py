@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import threading
@@ -124,6 +125,57 @@ def test_maximin_with_one_scorer_is_best_and_worst():
     assert judge(num=1, prefer="maximin").pairs(array([[1], [1]]), "best-worst", 0.0) == []
     every = judge(num=1, prefer="maximin").pairs(scores, "all", 0.0)
     assert every == judge(num=1).pairs(scores, "all", 0.0) and len(every) == 6
+
+
+@dataclass(frozen=True)
+class Circle:
+    """Compares embeddings, given as grey levels: 40 levels are a third of a turn, and each third beats the next."""
+
+    info: ClassVar[ScorerInfo] = ScorerInfo("circle", "1", ("image", "prompt"), "none", (0.0, 1.0))
+    dim: ClassVar[int] = 2
+
+    def represent(self, images: list[Any], prompts: list[str]) -> torch.Tensor:
+        turns = torch.tensor([image.getpixel((0, 0))[0] / 120 for image in images]) * 2 * torch.pi
+        return torch.stack([turns.cos(), turns.sin()], dim=1)
+
+    @staticmethod
+    def win_table(v: torch.Tensor) -> np.ndarray:
+        return torch.sigmoid(3 * (v[:, None, 0] * v[None, :, 1] - v[:, None, 1] * v[None, :, 0])).numpy()
+
+
+CIRCLE = {"name": "test_judge:Circle", "as": "circle"}
+
+
+@pytest.mark.filterwarnings("error")
+def test_pairwise_compares_the_embeddings_of_a_prompt():
+    by = judge(CIRCLE, prefer="pairwise")
+    pictures = [Image.new("RGB", (4, 4), (level,) * 3) for level in (0, 40, 80, 10)]
+    scores = by.score(pictures, ["a thing"] * 4)
+    assert scores.shape == (4, 2) and by.names == ["circle_0", "circle_1"] and list(by.scorers) == ["circle"]
+    assert by.pairs(scores[:3], "all", 0.0) == [(0, 1), (1, 2), (2, 0)]  # no order has these
+    chance = 1 / (1 + math.exp(-3 * math.sin(2 * math.pi / 3)))
+    assert by.pairs(scores[:3], "all", 2 * chance - 1 + 1e-4) == [] and by.pairs(scores[:3], "all", 2 * chance - 1.001)
+    assert by.utility(scores[:3]) == pytest.approx([0.5] * 3, abs=1e-6)
+    assert by.utility(scores[:2]) == pytest.approx([chance, 1 - chance], abs=1e-6)
+    assert by.pairs(scores[:2], "best-worst", 0.0) == [(0, 1)]
+    # candidates without an embedding are left out, of the others' win rates too
+    scores[2] = NAN
+    utility = by.utility(scores)
+    assert np.isnan(utility[2]) and utility[[0, 1, 3]] == pytest.approx(by.utility(scores[[0, 1, 3]]))
+    assert by.pairs(scores, "all", 0.0) == [(0, 1), (0, 3), (3, 1)] and by.pairs(scores[2:], "all", 0.0) == []
+    assert by.utility(scores[2:])[1] == 0 and np.isnan(by.utility(scores[2:3])).all()
+
+
+def test_who_compares_and_who_scores_are_not_mixed():
+    for match, scorers, settings in (
+        ("circle compares pictures and has no scores: source.prefer=pairwise", [CIRCLE], {}),
+        ("circle compares pictures", [scripted(), CIRCLE], {"prefer": "maximin"}),
+        ("scores pictures one by one", [scripted()], {"prefer": "pairwise"}),
+        ("takes one scorer, and no weights", [CIRCLE, {**CIRCLE, "as": "other"}], {"prefer": "pairwise"}),
+        ("takes one scorer, and no weights", [CIRCLE], {"prefer": "pairwise", "weights": (1.0,)}),
+    ):
+        with pytest.raises(UserError, match=match):
+            judge(*scorers, **settings)
 
 
 def test_standardised_columns():

@@ -22,6 +22,7 @@ from diffalign.schedule import RectifiedFlow
 from diffalign.sources import _rollouts
 from diffalign.sources._rollouts import GROUP, Rollouts
 from diffalign.sources._rounds import Place
+from diffalign.sources._twin import StandIns
 from diffalign.types import EndpointBatch, ScorerInfo, Setting, StepBatch, UserError
 
 PROMPTS = ("a red thing", "a blue thing", "two things")
@@ -514,6 +515,39 @@ def test_cosine_follows_the_best_that_was_judged(tmp_path):
     torch.testing.assert_close(batch.weight[0, 2], torch.tensor([0.5, 0.5]))
     old = np.array(part(maker, [[NAN, -2, -1]], num_steps=2, x=x).rows("logp_old", 0, 3))
     torch.testing.assert_close(batch.logp_old[0], (wanted * torch.from_numpy(old)).sum(dim=1))
+
+
+@dataclass(frozen=True)
+class Compares:
+    """A general preference of brighter pictures, up to a turn."""
+
+    info: ClassVar[ScorerInfo] = ScorerInfo("compares", "1", ("image", "prompt"), "none", (0.0, 1.0))
+    dim: ClassVar[int] = 2
+
+    def represent(self, images: list[Any], prompts: list[str]) -> torch.Tensor:
+        turns = torch.tensor([float(np.asarray(image, dtype=np.float64).mean()) for image in images])
+        return torch.stack([turns.cos(), turns.sin()], dim=1)
+
+    @staticmethod
+    def win_table(v: torch.Tensor) -> np.ndarray:
+        return torch.sigmoid(v[:, None, 0] * v[None, :, 1] - v[:, None, 1] * v[None, :, 0]).numpy()
+
+
+def test_a_general_preference_judges_rounds(models, cache, tmp_path):
+    """Its win rates are the utilities; the recorded columns are the pictures' embeddings."""
+    judged = {"scorers": [{"name": "test_rollout:Compares", "as": "it"}], "prefer": "pairwise", "images_per_prompt": 3}
+    maker = maker_of(models("sdxl"), tmp_path, cache, compare="groups", utility="win-rate", **judged)
+    shard = made(maker)
+    batch = everything(maker, shard)
+    scores = torch.from_numpy(np.array(shard.rows("scores", 0, shard.num_rows("scores")))).reshape(-1, 3, 2)
+    for row, v in zip(batch.utility, scores, strict=True):
+        assert row.tolist() == pytest.approx(((Compares.win_table(v).sum(axis=1) - 0.5) / 2).tolist(), abs=1e-6)
+        assert len(set(row.tolist())) == 3 and float(row.sum()) == pytest.approx(1.5)
+    assert set(batch.scores) == {"it_0", "it_1"} and "it_0" not in maker.summary([shard], 1)
+    pairs = maker_of(models("sdxl"), tmp_path, cache, pairs="all", **judged)
+    assert len(pairs.units(shard)) == 3
+    twin = maker.source.twin(StandIns(str(cache), {}, str(tmp_path / "prompts.txt"), "test_rollout:Bright"))
+    assert twin.judge.prefer == "sum" and twin.judge.names == ["test_rollout:Bright"]
 
 
 @pytest.mark.filterwarnings("error")
