@@ -52,6 +52,9 @@ RIVALS = ("seppo", "seppo-draws", "seppo-no-flip", "sspo", "reward-po", "hypo")
 TRAIN_PROMPTS = "sprites:train:400:two"
 OFFLINE = ("offline-dpo", "offline-dpo-seconds")
 RECORDED = (*OFFLINE, *RIVALS)  # learn from offline pictures
+# beta of likelihoods over noise levels is the demos': velocity errors exceed noise errors
+BETA = {"sprites-sdxl": 1000.0, "sprites-sd3": 100.0}
+OF_MODEL = "of the model"
 SAMPLER = {"num_steps": STEPS, "cfg_scale": 1.0, "batch_size": 32}  # as the evaluation: guidance alone lifts the base
 
 
@@ -71,7 +74,7 @@ def _pool(every: int) -> dict[str, Any]:
 
 def _dpo(whose: str) -> Method:
     source = {"images_per_prompt": 4, "prompts_per_round": 16, "pairs": "all", "sample_from": whose}
-    sections = {"source": source, "reference": {"name": "adapter_off"}, "objective": {"beta": 1000.0}}
+    sections = {"source": source, "reference": {"name": "adapter_off"}, "objective": {"beta": OF_MODEL}}
     return Method("online-dpo", 64, 16, {**sections, "train": {"batch_size": 16}})
 
 
@@ -80,8 +83,8 @@ def _rivals(config: str, **sections: Any) -> Method:
     return Method(config, 64, 16, {"source": source, "train": {"batch_size": 8}, **sections})
 
 
-EXPLORE = {"name": "explore", "beta": 1000.0, "weight": 0.01, "candidates": [1]}
-SOFT_PAIR = {"name": "pair", "beta": 1000.0, "labels": "soft", "temperature": 0.1}
+EXPLORE = {"name": "explore", "beta": OF_MODEL, "weight": 0.01, "candidates": [1]}
+SOFT_PAIR = {"name": "pair", "beta": OF_MODEL, "labels": "soft", "temperature": 0.1}
 KL_ON_RIVALS = {"name": "kl", "weight": 100.0, "candidates": [2]}
 # Steps that are recorded or branch: the noisier. A log-density counts in units of its step's own noise, so that the
 # last, nearly noiseless steps outweigh the rest: `d3po-every-step` shows it.
@@ -131,7 +134,7 @@ METHODS = {
         64,
         16,
         {"source": {"images_per_prompt": 4, "prompts_per_round": 16, "pairs": "all"}, "reference": _pool(16)}
-        | {"objective": {"beta": 1000.0}, "train": {"batch_size": 16}},
+        | {"objective": {"beta": OF_MODEL}, "train": {"batch_size": 16}},
     ),
     "sppo-iterative": Method(
         "sppo-iterative",
@@ -144,7 +147,7 @@ METHODS = {
         "rso",
         64,
         16,
-        {"source": {"images_per_prompt": 8, "prompts_per_round": 8, "reject": 0.1}, "objective": {"beta": 1000.0}}
+        {"source": {"images_per_prompt": 8, "prompts_per_round": 8, "reject": 0.1}, "objective": {"beta": OF_MODEL}}
         | {"train": {"batch_size": 16}},
     ),
     "nft": Method(
@@ -166,23 +169,25 @@ METHODS = {
         64,
         16,
         {"source": {"prompts_per_round": 32}, "train": {"batch_size": 8}}
-        | {"objective": {"terms": [{"name": "pair", "beta": 1000.0}, EXPLORE]}},
+        | {"objective": {"terms": [{"name": "pair", "beta": OF_MODEL}, EXPLORE]}},
     ),
-    "seppo": _rivals("seppo", reference=_pool(16), objective={"beta": 1000.0}),
+    "seppo": _rivals("seppo", reference=_pool(16), objective={"beta": OF_MODEL}),
     # the anchor's sign of eight draws in place of one, and no flip at all, which is Diffusion-DPO against the rivals
-    "seppo-draws": _rivals("seppo", reference=_pool(16), objective={"beta": 1000.0}, likelihood={"draws": 8}),
-    "seppo-no-flip": _rivals("seppo", reference=_pool(16), objective={"beta": 1000.0, "flip": "none"}),
-    "sspo": _rivals("sspo", reference=_pool(16), objective={"beta": 1000.0}),
+    "seppo-draws": _rivals("seppo", reference=_pool(16), objective={"beta": OF_MODEL}, likelihood={"draws": 8}),
+    "seppo-no-flip": _rivals("seppo", reference=_pool(16), objective={"beta": OF_MODEL, "flip": "none"}),
+    "sspo": _rivals("sspo", reference=_pool(16), objective={"beta": OF_MODEL}),
     "reward-po": _rivals(
         "reward-po",
         source={"steps_per_round": 16, "scorers": [GOLD]},
         objective={"terms": [SOFT_PAIR, {"name": "sft", "candidates": [0], "weight": 1.0}]},
     ),
     "hypo": _rivals(
-        "hypo", objective={"terms": [{"name": "pair", "beta": 1000.0, "candidates": [0, 1]}, KL_ON_RIVALS]}
+        "hypo", objective={"terms": [{"name": "pair", "beta": OF_MODEL, "candidates": [0, 1]}, KL_ON_RIVALS]}
     ),
-    "offline-dpo": Method("diffusion-dpo", 0, 0, {"objective": {"beta": 1000.0}, "train": {"batch_size": 16}}),
-    "offline-dpo-seconds": Method("diffusion-dpo", 0, 0, {"objective": {"beta": 1000.0}, "train": {"batch_size": 16}}),
+    "offline-dpo": Method("diffusion-dpo", 0, 0, {"objective": {"beta": OF_MODEL}, "train": {"batch_size": 16}}),
+    "offline-dpo-seconds": Method(
+        "diffusion-dpo", 0, 0, {"objective": {"beta": OF_MODEL}, "train": {"batch_size": 16}}
+    ),
 }
 
 
@@ -258,7 +263,15 @@ def config_of(bench: Bench, name: str, seed: int, out: Path) -> Config:
         fixed["source"] |= {"prompts": TRAIN_PROMPTS, "scorers": [GOLD], "steps_per_round": method.steps}
     if name not in OFFLINE:
         fixed["source"] |= {"sampling": SAMPLER}
-    return resolve([model, method.config, fixed, method.sections])
+    return resolve([model, method.config, fixed, _with_beta(method.sections, BETA[model])])
+
+
+def _with_beta(value: Any, beta: float) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_beta(item, beta) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_beta(item, beta) for item in value]
+    return beta if value == OF_MODEL else value
 
 
 def num_steps(bench: Bench, name: str) -> int:
@@ -378,7 +391,7 @@ def table(results: Path) -> str:
 def main() -> None:
     """Runs what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="sprites-sdxl")
+    parser.add_argument("--model", default="sprites-sdxl", choices=BETA)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--images", type=int, default=768, help="pictures that a method may sample")
     parser.add_argument("--seeds", type=int, default=3)

@@ -86,10 +86,14 @@ def margins(scores: NDArray[Any], rows: Sequence[dict[str, Any]]) -> NDArray[np.
     return sign * (np.asarray(scores, np.float64)[0::2] - np.asarray(scores, np.float64)[1::2])
 
 
-def versus(a: NDArray[Any], b: NDArray[Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Accuracy of the first scorer less that of the second on the same pairs."""
-    hits = [(margins(x, rows) > 0) + 0.5 * (margins(x, rows) == 0) for x in (a, b)]
-    found = _statistics.mean_difference(*hits, groups=[row["caption"] for row in rows])
+def hits(scores: NDArray[Any], rows: Sequence[dict[str, Any]]) -> NDArray[np.float64]:
+    """1 where the preferred picture of a pair has the higher score, 1/2 where both have the same, [N]."""
+    return 0.5 * (np.sign(margins(scores, rows)) + 1)
+
+
+def versus(a: NDArray[np.float64], b: NDArray[np.float64], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Accuracy of the first scorer less that of the second on the same pairs, of the `hits` of both."""
+    found = _statistics.mean_difference(a, b, groups=[row["caption"] for row in rows])
     return {"difference": found.mean, "low": found.low, "high": found.high}
 
 
@@ -149,7 +153,8 @@ def main() -> None:
     }
     proxy = build("scorer", {"name": "sprites_proxy"})
     result: dict[str, Any] = environment("cpu") | {
-        "command": f"python benchmarks/scorer_on_sprites.py --prompts {arguments.prompts} --seed {arguments.seed}",
+        "command": f"python benchmarks/scorer_on_sprites.py --prompts {arguments.prompts}"
+        f" --images {arguments.images} --seed {arguments.seed}",
         "seed": arguments.seed,
         "cfg_scale": arguments.cfg_scale,
         "versions_of_scorers": {name: asdict(scorer.info) for name, scorer in scorers.items()},
@@ -168,14 +173,19 @@ def main() -> None:
     model = replace(config.model, trainable="lora").load()
     for name, rows in sets.items():
         table = result["previews"][name] = {}
+        right: dict[str, list[NDArray[np.float64]]] = {key: [] for key in scorers}
         for timestep in arguments.timesteps:
             values = on_previews(model, rows, scorers, timestep, arguments.cfg_scale, arguments.seed)
             table[str(timestep)] = {key: agreement(scores, rows) for key, scores in values.items()}
-            gain = versus(values["sprites_step_aware"], values["sprites_clip"], rows)
-            table[str(timestep)]["step_aware_less_base"] = gain
-            told = versus(values["sprites_step_aware"], values["told_0"], rows)
-            table[str(timestep)]["step_aware_less_told_0"] = told
+            ours, base, told = (hits(values[key], rows) for key in ("sprites_step_aware", "sprites_clip", "told_0"))
+            table[str(timestep)]["step_aware_less_base"] = versus(ours, base, rows)
+            table[str(timestep)]["step_aware_less_told_0"] = versus(ours, told, rows)
+            right["sprites_step_aware"].append(ours)
+            right["sprites_clip"].append(base)
             print(name, timestep, {key: round(next(iter(of.values())), 4) for key, of in table[str(timestep)].items()})
+        means = [np.mean(right[key], axis=0) for key in ("sprites_step_aware", "sprites_clip")]
+        table["all"] = {"step_aware_less_base": versus(*means, rows)}
+        print(name, "all timesteps", table["all"], flush=True)
     write_json(arguments.out, result)
 
 
