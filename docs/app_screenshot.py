@@ -23,7 +23,7 @@ PROMPTS = (
     "a small green cross above a small yellow square on a dark background",
     "a large red circle left of a small blue triangle on a light background",
 )
-SETTINGS = {"seeds": "0-2", "steps": 20, "cfg": 1, "score": ["sprites_gold"], "vary": "seeds"}
+SETTINGS = {"seeds": "0-3", "steps": 20, "cfg": 1, "score": ["sprites_gold"], "vary": "seeds"}
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
 
