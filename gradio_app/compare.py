@@ -103,7 +103,8 @@ def _opened(studio: Any, words: Sequence[tuple[str, str]]) -> list[Any]:
     own = [(word, text) for word, text in words if word != "tab" and not word.startswith("__")]  # __theme is gradio's
     names = studio.refresh(MAX_AGE)
     if not own or dict(words).get("tab", "compare") != "compare":
-        return [gr.Dropdown(choices=names), *[gr.skip()] * (len(FIELDS) - 1)]
+        newest = list(studio.first_view().contestants)  # a run may have ended since the server began
+        return [gr.Dropdown(choices=names, value=newest), *[gr.skip()] * (len(FIELDS) - 1)]
     with told():
         chosen, *others = _values(studio.view_of_link(own))
     return [gr.Dropdown(choices=names, value=chosen), *others]
