@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from diffalign.config import Config, config_names, resolve
 from diffalign.errors import UserError
 from diffalign.registry import build
+from diffalign.sections import TABS
 
 if TYPE_CHECKING:
     from diffalign.browsing import Library, Query
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from diffalign.votes import VoteBook
 
 __all__ = [
+    "TABS",
     "Config",
     "UserError",
     "browse_query",

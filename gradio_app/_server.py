@@ -20,7 +20,6 @@ from diffalign import api
 from gradio_app._context import Context, open_context
 from gradio_app._parts import escape
 
-TABS = ("compare", "vote", "leaderboard", "browse", "watch", "train")
 PASSWORD = "DIFFALIGN_APP_PASSWORD"
 HERE = Path(__file__).parent
 THEME = gr.themes.Default(  # fonts of the machine: the page fetches nothing from elsewhere
@@ -34,7 +33,7 @@ THEME = gr.themes.Default(  # fonts of the machine: the page fetches nothing fro
 
 def build(context: Context) -> gr.Blocks:
     """The page: a tab for each of `app.tabs`; `?tab=vote` opens one."""
-    names = [name for name in TABS if name in (context.settings.tabs or TABS)]
+    names = [name for name in api.TABS if name in (context.settings.tabs or api.TABS)]
     shown = " ".join(word for word in context.tokens if not word.startswith("app."))
     with gr.Blocks(title="diffalign", analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
         gr.HTML(f'<div class="da-title"><b>diffalign</b><span>{escape(shown)}</span></div>')

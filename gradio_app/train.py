@@ -84,6 +84,7 @@ def check_html(printed: str) -> str:
 
 
 def build(context: Context, blocks: gr.Blocks) -> None:
+    """The form on the left; on the right its command, and the run that it started."""
     start_with = opening(context)
     launcher = api.launcher(
         folder=context.folder, roots=context.roots, max_runs=context.settings.max_runs, configs=start_with.own

@@ -116,6 +116,7 @@ class Watch:
 
 
 def build(context: Context, blocks: gr.Blocks) -> None:
+    """The choice of one or two runs; below their curves, samples and configs, which follow the files by themselves."""
     watch = Watch(context)
     with gr.Row(elem_classes="da-watch-top"):
         first = gr.Dropdown([], label="Run", elem_id="da-watch-a", filterable=True, scale=5, min_width=240)
