@@ -94,9 +94,14 @@ D3PO = {"images_per_prompt": 4, "prompts_per_round": 16, "pairs": "all"}
 SPO = {"prompts_per_round": 20, "scorers": ["sprites_clip"]}
 GOLD_ON_PREVIEWS = {"prompts_per_round": 20, "temperature": 0.1}
 GROUPS = {"images_per_prompt": 8, "prompts_per_round": 8}
+MEANS = {"record_means": True}
+# by the steps' own stds the ratios are smaller; what a step is worth against another is what matters
+NORMALIZED = {"likelihood": {"ratio": "normalized"}, "objective": {"beta": 1.0}, "train": {"batch_size": 32}}
 METHODS = {
     "d3po": Method("d3po", 64, 16, {"source": {**D3PO, "sampling": EARLY}, "train": {"batch_size": 32}}),
     "d3po-every-step": Method("d3po", 64, 16, {"source": D3PO, "train": {"batch_size": 32}}),
+    "d3po-normalized": Method("d3po", 64, 16, {**NORMALIZED, "source": {**D3PO, **MEANS, "sampling": EARLY}}),
+    "d3po-normalized-every-step": Method("d3po", 64, 16, {**NORMALIZED, "source": {**D3PO, **MEANS}}),
     # 4 + 1 + 4 * 15 of 80 rows are one chain's and its candidates': 65/20 pictures a prompt
     "spo": Method("spo", 65, 16, {"source": SPO, "train": {"batch_size": 32}}),
     "spo-gold": Method("spo", 65, 16, {"source": GOLD_ON_PREVIEWS, "train": {"batch_size": 32}}),
@@ -124,6 +129,12 @@ METHODS = {
     ),
     "flow-grpo": Method(
         "flow-grpo",
+        64,
+        16,
+        {"source": {**GROUPS, "sampling": {"num_steps": STEPS, **EARLY}}, "train": {"batch_size": 8}},
+    ),
+    "grpo-guard": Method(
+        "grpo-guard",
         64,
         16,
         {"source": {**GROUPS, "sampling": {"num_steps": STEPS, **EARLY}}, "train": {"batch_size": 8}},

@@ -3,7 +3,7 @@
     python benchmarks/scorer_on_sprites.py            # about six minutes on one core
     python benchmarks/scorer_on_sprites.py --prompts 100 --timesteps 251 701
 
-Pairs are the embedded SDXL-architecture model's own pictures of held-out captions (neighbours of one prompt), and right
+Pairs are the embedded SDXL-architecture model's own pictures of held-out captions (all pairs of a prompt), and right
 and wrong renderings of other held-out captions; those that the judge scores equally decide nothing and are left out.
 Previews are made as in training: both pictures of a pair noised alike at a timestep, and what the model then takes for
 the clean picture. The base scorer sees the same previews as the step-aware one, which is also told timestep 0 for each

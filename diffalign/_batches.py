@@ -81,6 +81,7 @@ class StepBatch:
     mask: Bool[Tensor, "B K"]
     pred_ref: Float[Tensor, "B J S C H W"] | None = None  # the reference's guided predictions, where they were recorded
     logp_old: Float[Tensor, "B K"] | None = None  # the same sum, of means, under the weights that drew the steps
+    mean_old: Float[Tensor, "B K S C H W"] | None = None  # of the Gaussians that the steps were drawn from
     scores: Mapping[str, Float[Tensor, "B K"]] = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> StepBatch:

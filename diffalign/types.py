@@ -89,6 +89,7 @@ class Likelihoods:
     # of one draw, where likelihood.overlap asks: mean product of two candidates' residuals pred - target; no gradient
     overlap: Float[Tensor, "B K K"] | None = None
     logp_old: Float[Tensor, "B K"] | None = None  # under the weights that drew the recorded steps
+    rate: Float[Tensor, " B"] | None = None  # 1 / |t - t_prev|, of normalized ratios: weighs policy gradients
 
     def each_draw(self) -> Sequence[Likelihoods]:
         """The independent draws that these are the mean of; itself where there is but one."""

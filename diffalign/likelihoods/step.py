@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffalign.sampling import log_density, predict
-from diffalign.types import Denoiser, Likelihoods, Reference, Schedule, StepBatch
+from diffalign.types import Denoiser, Likelihoods, Reference, Schedule, StepBatch, UserError
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,11 @@ class Step:
     reduction: `mean` is the released codes' and makes D3PO's 0.1 and SPO's 10 what they are there; `sum` is the joint
         log-density, whose telescoped ratios are exact, of values in the thousands. The batch's logp_old is of means and
         is multiplied by the number of latent dimensions.
+    ratio: `density`, or GRPO-Guard's `normalized` (arXiv 2510.22319, as in its released code): std * (log-ratio to the
+        weights that drew the step + |mean - mean_old|^2 / (2 std^2)), which is (mean - mean_old) . noise, noise the
+        draw's own. Its mean is 0, and its scale does not grow as a step's noise vanishes, so that late steps do not
+        outweigh early ones. logp and logp_ref are then these ratios, and logp_old is 0; the KL stays as it is, and
+        `rate` is 1 / |t - t_prev|. Needs source.record_means=true.
 
     The KL between the policies' steps is weight * mean((mean - mean_ref)^2) / (2 std^2): the variances are the same.
     """
@@ -38,6 +43,12 @@ class Step:
 
     uncond: Literal["trained", "detached"] = "trained"
     reduction: Literal["mean", "sum"] = "mean"
+    ratio: Literal["density", "normalized"] = "density"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The means of the draws, where ratios are normalised by them."""
+        return frozenset({"means"} if self.ratio == "normalized" else ())
 
     def __call__(self, policy: Denoiser, reference: Reference, batch: StepBatch) -> Likelihoods:
         """Policy and reference once each on the same B*J*S rows, twice as many with guidance; all else is float32, or
@@ -72,11 +83,20 @@ class Step:
             each = values.mean(dim=-1) if self.reduction == "mean" else values.sum(dim=-1)
             return (weight * each).sum(dim=-1)
 
+        is_normalized = self.ratio == "normalized"
+        if is_normalized:
+            if batch.mean_old is None:
+                raise UserError("likelihood.ratio=normalized needs the draws' means: set source.record_means=true")
+            mean_old = batch.mean_old.to(dtype).flatten(3)
+            noise = (x_prev - mean_old) / safe
+
         def logp_of(mean: Tensor) -> Float[Tensor, "B K"]:
-            return reduced(log_density(x_prev, mean, safe))
+            return reduced((mean - mean_old) * noise if is_normalized else log_density(x_prev, mean, safe))
 
         logp_old = batch.logp_old
-        if logp_old is not None and self.reduction == "sum":
+        if logp_old is not None and is_normalized:
+            logp_old = torch.zeros_like(logp_old)
+        elif logp_old is not None and self.reduction == "sum":
             logp_old = logp_old * x_prev.shape[-1]
         return Likelihoods(
             logp=logp_of(mean),
@@ -87,6 +107,7 @@ class Step:
             kl=None if mean_ref is None else reduced(0.5 * ((mean - mean_ref) / safe).square()),
             scores=batch.scores,
             logp_old=logp_old,
+            rate=1 / (batch.t - batch.t_prev).abs().mean(dim=1) if is_normalized else None,
         )
 
 

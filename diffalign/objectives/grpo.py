@@ -1,4 +1,4 @@
-"""Clipped policy gradients on recorded sampler steps: Flow-GRPO (arXiv 2505.05470), DDPO (2305.13301), P3O."""
+"""Clipped policy gradients on recorded sampler steps: Flow-GRPO (2505.05470), GRPO-Guard, DDPO (2305.13301), P3O."""
 
 from __future__ import annotations
 
@@ -38,9 +38,12 @@ class Grpo:
     Metrics, means over a prompt's candidates: `ratio_deviation` |ratio - 1|, `clip_fraction` (the share with
     |ratio - 1| > eps, as the codes count), `advantage` |A|.
 
-    Established for DDPO and Flow-GRPO (released code); P3O is its text's first variant: its joint clip is left out, the
-    formula being uncertain, and so is GRPO-Guard with its normalised ratios. One eps serves both sides; DDPO's buffer
-    of a prompt's rewards is the source's matter.
+    GRPO-Guard (arXiv 2510.22319) is likelihood.ratio=normalized: the ratio is exp of the normalised one, and the loss
+    is divided by the step's length |t - t_prev|, which evens out the gradients of the steps.
+
+    Established for DDPO, Flow-GRPO and GRPO-Guard (released codes); P3O is its text's first variant: its joint clip is
+    left out, the formula being uncertain. One eps serves both sides; DDPO's buffer of a prompt's rewards is the
+    source's matter.
     """
 
     clip: float = 1e-4
@@ -70,8 +73,9 @@ class Grpo:
         def mean(values: Float[Tensor, "B K"]) -> Float[Tensor, " B"]:
             return kept(values, mask).sum(dim=1) / count.to(values.dtype)  # 0 / 0 is the NaN
 
+        loss = -kept(gain, mask).sum(dim=1) / count.clamp(min=1)
         return LossOutput(
-            per_prompt=-kept(gain, mask).sum(dim=1) / count.clamp(min=1),
+            per_prompt=loss if likelihoods.rate is None else loss * likelihoods.rate,
             metrics={
                 "ratio_deviation": mean(deviation),
                 "clip_fraction": mean((deviation > self.clip).to(ratio.dtype)),

@@ -21,6 +21,7 @@ FIXES = {
     "maps": "it looks at single latent pixels: set likelihood.maps=true",
     "masks": "it reads masks of the data: set source.masks to their folder, or objective.mask=reference",
     "scores": "it reads scorer columns: use a source of recorded preferences",
+    "means": "it compares with the draws' means: set source.record_means=true, on source.name=rollout",
 }
 
 
@@ -32,9 +33,10 @@ def check_needs(config: Config) -> None:
     """
     config.require("model", "source", "likelihood", "reference", "objective")
     given = config.source.gives | config.likelihood.gives | config.reference.gives | GIVEN
-    for need in sorted(config.objective.needs - given):
-        fix = FIXES.get(need, "see `diffalign list methods`")
-        raise UserError(f"objective {config.names['objective']} needs {need!r}: {fix}")
+    for slot in ("objective", "likelihood"):
+        for need in sorted(getattr(getattr(config, slot), "needs", frozenset()) - given):
+            fix = FIXES.get(need, "see `diffalign list methods`")
+            raise UserError(f"{slot} {config.names[slot]} needs {need!r}: {fix}")
     makes, takes = config.source.makes, config.likelihood.takes
     if makes != takes:
         fix = "likelihood.name=step" if makes == "steps" else "likelihood.name=elbo, or a source that records steps"

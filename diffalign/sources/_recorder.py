@@ -42,9 +42,9 @@ class Recorder:
 
     @torch.no_grad()
     def sample(self, prompts: Int64[Tensor, " P"], ids: Int64[Tensor, " P"]) -> dict[str, Tensor]:
-        """Of N = P K images, a prompt's together: x [N, R+1, C, h, w], logp_old [N, R], times [R, 2] and, where it is
-        recorded, pred_ref [N, R, C, h, w]. R counts the steps that add noise, 0 of finished images; x has one more
-        where ODE steps follow them.
+        """Of N = P K images, a prompt's together: x [N, R+1, C, h, w], logp_old [N, R], times [R, 2] and, where they
+        are recorded, pred_ref and mean_old [N, R, C, h, w]. R counts the steps that add noise, 0 of finished images; x
+        has one more where ODE steps follow them.
         """
         source, k, device = self.source, self.source.images_per_prompt, self.policy.device
         settings, dtype = source.sampling, getattr(torch, source.latents)
@@ -61,6 +61,7 @@ class Recorder:
         uncond = {name: x.to(device) for name, x in self.cond.uncond(len(rows)).items()}
         reference = ReferenceDenoiser(self.reference, self.policy.schedule)
         of_reference: list[Tensor] = []
+        means: list[Tensor] = []
         kept: list[Tensor] = []
         logp: list[Tensor] = []
         times: list[tuple[float, float]] = []
@@ -72,6 +73,8 @@ class Recorder:
                 level = torch.full((len(rows),), step.t, dtype=step.xt.dtype, device=device)
                 pred = predict(reference, step.xt, level, cond, uncond, settings.cfg_scale)
                 of_reference.append(pred.float().cpu())
+            if source.record_means:
+                means.append(step.mean.float().cpu())
             if not kept:
                 kept.append(step.xt.cpu())
             kept.append(step.x_prev.cpu())
@@ -106,4 +109,5 @@ class Recorder:
         if not torch.equal(kept[-1], x0.cpu()):  # ODE steps after the last recorded one: the picture is x0
             latents = torch.cat([latents, x0.cpu().to(dtype)[:, None]], dim=1)
         result = {"x": latents, "logp_old": torch.stack(logp, dim=1), "times": torch.tensor(times, dtype=torch.float64)}
-        return result | ({"pred_ref": torch.stack(of_reference, dim=1)} if of_reference else {})
+        also = {"pred_ref": of_reference, "mean_old": means}
+        return result | {name: torch.stack(values, dim=1) for name, values in also.items() if values}

@@ -45,7 +45,7 @@ class Rollouts:
 
         x [P K (R+1), C, h, w]: per image the x_t of the R recorded steps and what the last one gave; of finished images
         R is 0. logp_old [P K, R], times [R, 2] (t, s), scores [P K, J], prompt [P], id [P]; with record_reference
-        pred_ref [P K, R, C, h, w].
+        pred_ref, with record_means mean_old [P K, R, C, h, w].
         """
         source = self.source
         per_round = source.prompts_per_round
@@ -167,6 +167,7 @@ class Rollouts:
             uncond=None if scale == 1 else self.cond.uncond(len(rows)),
             cfg_scale=scale,
             pred_ref=joined.get("pred_ref"),
+            mean_old=joined.get("mean_old"),
             logp_old=(joined["weight"] * joined["logp_old"]).sum(dim=2),
             scores=scores,
         )
@@ -202,9 +203,10 @@ class Rollouts:
         weights = torch.full(old.shape, weight)
         if source.step_weight == "cosine":
             weights = _cosine_weights(x_prev, int(row["utility"].masked_fill(~mask, -torch.inf).argmax()))
-        if source.record_reference:
-            recorded = np.stack([np.array(shard.rows("pred_ref", p * k + c, 1))[0, used] for c in candidates])
-            row["pred_ref"] = torch.from_numpy(recorded)
+        for name, is_recorded in (("pred_ref", source.record_reference), ("mean_old", source.record_means)):
+            if is_recorded:
+                recorded = np.stack([np.array(shard.rows(name, p * k + c, 1))[0, used] for c in candidates])
+                row[name] = torch.from_numpy(recorded)
         return row | {
             "xt": x_t,
             "x_prev": x_prev,

@@ -43,6 +43,8 @@ class Rollout:
     record_reference: of recorded steps, keep the reference's predictions too, in float32: its rows are then taken once,
         while sampling, and training never runs it. Worth it where units are visited more than once; the reference must
         be fixed within a round.
+    record_means: of recorded steps, keep the means that they were drawn around too, in float32, for
+        likelihood.ratio=normalized.
     latents: type in which latents are kept; they are rounded to it as they are drawn, so nothing is lost later.
     keep_images: pictures and preference records of every round stay in the run folder as a data set.
     scorer_timeout: seconds for one call of a scorer.
@@ -71,6 +73,7 @@ class Rollout:
     sample_from: Literal["policy", "reference", "both"] = "policy"
     sampling: RolloutSampling = field(default_factory=RolloutSampling)
     record_reference: bool = False
+    record_means: bool = False
     latents: Literal["float16", "float32"] = "float16"
     keep_images: bool = True
     cache_dir: str = "cache"
@@ -85,8 +88,8 @@ class Rollout:
             if value is not None and not value > 0:
                 raise UserError(f"source.{name} must be positive (got {value})")
         if self.record == "images":
-            for name, default in (("steps_used", None), ("step_weight", "sum"), ("record_reference", False)):
-                if getattr(self, name) != default:
+            for name in ("steps_used", "step_weight", "record_reference", "record_means"):
+                if getattr(self, name) != getattr(Rollout, name):
                     raise UserError(f"source.{name} is of recorded steps: set source.record=steps or trajectories")
         elif self.sampling.eta == 0:
             raise UserError("source.sampling.eta=0 draws nothing: recorded steps need an eta above 0, or null")
@@ -111,7 +114,10 @@ class Rollout:
         """What objectives may ask of it."""
         is_pair = self.compare == "pairs" or self.images_per_prompt == 2
         return frozenset(
-            {"scores"} | ({"pair"} if is_pair else set()) | ({"list"} if self.compare == "groups" else set())
+            {"scores"}
+            | ({"pair"} if is_pair else set())
+            | ({"list"} if self.compare == "groups" else set())
+            | ({"means"} if self.record_means else set())
         )
 
     @cached_property

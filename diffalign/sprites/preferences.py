@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -71,12 +72,12 @@ def pair(text: str, first: Image.Image, second: Image.Image) -> dict[str, Any]:
 
 
 def generated_pairs(folder: Path) -> Iterator[dict[str, Any]]:
-    """Pairs of neighbours among each prompt's pictures in a folder that `diffalign generate` wrote."""
-    rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
-    for first, second in zip(rows, rows[1:], strict=False):
-        if first["prompt_id"] == second["prompt_id"]:
-            with Image.open(folder / first["file"]) as one, Image.open(folder / second["file"]) as two:
-                yield pair(first["prompt"], one.convert("RGB"), two.convert("RGB"))
+    """All pairs of each prompt's pictures in a folder that `diffalign generate` wrote."""
+    with (folder / "manifest.jsonl").open() as lines:
+        for _, rows in itertools.groupby(map(json.loads, lines), key=lambda row: row["prompt_id"]):
+            for first, second in itertools.combinations(list(rows), 2):
+                with Image.open(folder / first["file"]) as one, Image.open(folder / second["file"]) as two:
+                    yield pair(first["prompt"], one.convert("RGB"), two.convert("RGB"))
 
 
 def write_pairs(path: Path, rows: Iterator[dict[str, Any]]) -> None:

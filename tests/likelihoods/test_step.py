@@ -14,7 +14,7 @@ from torch.distributions import Normal, kl_divergence
 from diffalign.registry import build
 from diffalign.sampling import SamplerStep, sample
 from diffalign.schedule import RectifiedFlow, Schedule, schedule_from_config
-from diffalign.types import Likelihoods, StepBatch
+from diffalign.types import Likelihoods, StepBatch, UserError
 
 SD = {
     "_class_name": "DDIMScheduler",
@@ -383,6 +383,64 @@ def test_old_densities_follow_the_reduction(kind):
         result = step(reduction=reduction)(policy, policy, data)
         torch.testing.assert_close(result.old_logp, result.logp)
     assert step(reduction="sum")(policy, policy, replace(data, logp_old=None)).logp_old is None
+
+
+def drawn_means(kind: str, net: Linear, data: StepBatch) -> Tensor:
+    """The means of the Gaussians that `net` draws x_prev from, [B, K, S, C, H, W]."""
+    xt, t, s = data.xt.expand_as(data.x_prev), *(x[:, None].expand(3, 2, 2).flatten() for x in (data.t, data.t_prev))
+    cond = {"shift": data.cond["shift"][:, None, None].expand(3, 2, 2).flatten()}
+    flat = xt.flatten(0, 2)
+    mean, _ = SCHEDULES[kind].reverse_step(net(flat, t, cond).detach(), flat, t, s, data.eta)
+    return mean.reshape(data.x_prev.shape)
+
+
+@every_schedule
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_normalized_ratios_are_grpo_guards(kind, shared, reduction):
+    """std (log-ratio + |mean - mean_old|^2 / (2 std^2)) of each step, the log-ratio as torch has it."""
+    policy, old, data = linear(kind), linear(kind, 0.37, 0.4), batch(kind, shared)
+    data = replace(data, mean_old=drawn_means(kind, old, data), logp_old=torch.full((3, 2), 7.0).double())
+    reference = linear(kind, 0.35, 0.5)
+    result = step(reduction=reduction, ratio="normalized")(policy, reference, data)
+    per = D if reduction == "mean" else 1
+    for b in range(3):
+        for k in range(2):
+            expected = torch.zeros(2, dtype=torch.float64)
+            for s in range(2):
+                j, x_prev = 0 if shared else k, data.x_prev[b, k, s]
+                before = distribution(old, data, b, j, s)
+                for i, net in enumerate((policy, reference)):
+                    now = distribution(net, data, b, j, s)
+                    std = now.stddev.flatten()[0]
+                    log_ratio = (now.log_prob(x_prev) - before.log_prob(x_prev)).sum()
+                    bias = (now.mean - before.mean).square().sum() / (2 * std**2)
+                    expected[i] += data.weight[b, k, s] / per * std * (log_ratio + bias)
+            found = torch.stack([result.logp[b, k].detach(), result.reference_logp[b, k]])
+            torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+    assert (result.old_logp == 0).all()
+    torch.testing.assert_close(result.rate, torch.full((3,), 10.0).double())
+    torch.testing.assert_close(result.kl, step(reduction=reduction)(policy, reference, data).kl)
+    at_old = step(ratio="normalized")(old, old, data)
+    torch.testing.assert_close(at_old.logp, torch.zeros(3, 2).double(), rtol=0, atol=1e-14)
+
+
+@every_schedule
+def test_normalized_ratios_are_odd_in_the_noise(kind):
+    """So their mean over the draws is 0 however far the policy has gone, as the plain log-ratio's is not."""
+    policy, old, data = linear(kind), linear(kind, 0.37, 0.4), batch(kind)
+    means = drawn_means(kind, old, data)
+    found = []
+    for sign in (1, -1):
+        drawn = means + sign * (data.x_prev - means)
+        found.append(step(ratio="normalized")(policy, policy, replace(data, mean_old=means, x_prev=drawn)).logp)
+    torch.testing.assert_close(found[0], -found[1])
+
+
+def test_normalized_ratios_need_the_means():
+    with pytest.raises(UserError, match="source.record_means=true"):
+        step(ratio="normalized")(linear("flow"), linear("flow"), batch("flow"))
+    assert step(ratio="normalized").needs == {"means"} and step().needs == frozenset()
 
 
 def test_no_reference_is_never_called():

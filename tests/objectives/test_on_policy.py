@@ -178,6 +178,15 @@ def test_grpo_at_the_weights_that_drew():
         torch.testing.assert_close(3 * slope(build("objective", spec), at_old), expected)
 
 
+def test_grpo_weighs_by_the_rate_of_the_steps():
+    """GRPO-Guard's loss over |dt|; the metrics count ratios and stay."""
+    rate = torch.tensor([2.0, 5.0, 0.5], dtype=torch.float64)
+    grpo = build("objective", {"name": "grpo", "clip": 0.2})
+    plain, rated = grpo(group()), grpo(replace(group(), rate=rate))
+    torch.testing.assert_close(rated.per_prompt, rate * plain.per_prompt)
+    assert all(torch.equal(rated.metrics[name], plain.metrics[name]) for name in plain.metrics)
+
+
 def test_equal_rewards_teach_exactly_nothing():
     """Three times 0.1 has a mean that is not 0.1, and the standard deviation would magnify what is left."""
     level = of_steps([[0.1, 0.0, -0.1]], None, [[0.1] * 3], [[0.0] * 3])

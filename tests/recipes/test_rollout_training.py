@@ -61,6 +61,11 @@ KINDS: dict[str, dict[str, Any]] = {
         "likelihood": {"name": "step"},
         "objective": {"name": "grpo", "clip": 0.2},
     },
+    "guard": {
+        "source": {"record": "steps", "record_means": True, "compare": "groups", "images_per_prompt": 3},
+        "likelihood": {"name": "step", "ratio": "normalized"},
+        "objective": {"name": "grpo", "clip": 0.2},
+    },
     "pool": {  # sampled from a past self, which is the reference too
         "source": {"record": "trajectories", "sample_from": "reference"},
         "likelihood": {"name": "step"},
@@ -280,6 +285,7 @@ def test_accumulation_equals_one_large_batch(folder):
         ("images", {"source": {"compare": "groups", "images_per_prompt": 3}}, "objective pair needs 'pair'"),
         ("groups", {"source": {"compare": "pairs"}}, "objective grpo needs 'list'"),
         ("pool", {"reference": {"name": "none"}}, "needs 'reference'"),
+        ("guard", {"source": {"record_means": False}}, "likelihood step needs 'means'.*source.record_means=true"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_weights_are_read(kind, more, match, folder):

@@ -285,6 +285,21 @@ def test_both_are_sampled_from(models, tmp_path, cache):
 
 
 @pytest.mark.parametrize("record", ["steps", "trajectories"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recorded_means_are_those_of_the_draws(record, family, models, tmp_path, cache):
+    """Their densities are the recorded ones, and the normalised ratio of the weights that drew is 1."""
+    model = models(family)
+    maker = maker_of(model, tmp_path, cache, record=record, record_means=True, latents="float32")
+    batch = everything(maker, made(maker))
+    assert batch.mean_old.shape == batch.x_prev.shape
+    likelihood = build("likelihood", {"name": "step", "ratio": "normalized"})
+    with torch.no_grad():
+        found = likelihood(model, adapter_off(model), batch)
+    torch.testing.assert_close(found.logp, torch.zeros_like(found.logp), rtol=0, atol=1e-5)
+    assert (found.logp_ref.abs() > 1e-4).any()
+
+
+@pytest.mark.parametrize("record", ["steps", "trajectories"])
 def test_recorded_references_are_the_references(record, models, tmp_path, cache):
     model = models("sdxl")
     maker = maker_of(model, tmp_path, cache, record=record, record_reference=True)
