@@ -322,6 +322,7 @@ class RectifiedFlow:
         """The Gaussian p(x_s | x_t), s < t: an Euler step of the ODE (eta 0) or of Flow-GRPO's SDE (arXiv 2505.05470).
 
         The SDE's diffusion is eta sqrt(t/(1-t)), infinite at t = 1; there 1-s stands for 1-t, as in the paper's code.
+        eta sqrt(2) has the variance of ancestral sampling in the limit of short steps, the paper's 0.7 a quarter of it.
         Its last step (s = 0) adds noise as well. Returns the mean [N, C, H, W] and the std [N, 1, 1, 1].
         """
         t, s = t.double(), s.double()

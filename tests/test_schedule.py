@@ -292,6 +292,17 @@ def test_flow_sde_step_is_the_papers() -> None:
     assert std.item() == pytest.approx(0.7 * math.sqrt(1 / 0.1) * math.sqrt(0.1), rel=1e-9)
 
 
+def test_flow_noise_level_of_root_two_is_ancestral() -> None:
+    """The std of x_s given x_t and x0 under the forward process in the limit of short steps, as DDIM with eta 1."""
+    flow, short = RectifiedFlow(), 1e-6
+    t = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
+    (alpha, sigma), (alpha_s, sigma_s) = flow.alpha_sigma(t), flow.alpha_sigma(t - short)
+    ancestral = sigma_s / sigma * (sigma**2 - (alpha / alpha_s * sigma_s) ** 2).sqrt()
+    x = torch.zeros(3, 1, 1, 1, dtype=torch.float64)
+    _, std = flow.reverse_step(x, x, t, t - short, eta=2**0.5)
+    torch.testing.assert_close(std.flatten(), ancestral, rtol=1e-5, atol=0)
+
+
 def test_log_density_against_torch() -> None:
     torch.manual_seed(0)
     x, mean = torch.randn(2, 3, 4, 2, 2, dtype=torch.float64)
