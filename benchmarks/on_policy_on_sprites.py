@@ -52,9 +52,10 @@ RIVALS = ("seppo", "seppo-draws", "seppo-no-flip", "sspo", "reward-po", "hypo")
 TRAIN_PROMPTS = "sprites:train:400:two"
 OFFLINE = ("offline-dpo", "offline-dpo-seconds")
 RECORDED = (*OFFLINE, *RIVALS)  # learn from offline pictures
-# beta of likelihoods over noise levels is the demos': velocity errors exceed noise errors
-BETA = {"sprites-sdxl": 1000.0, "sprites-sd3": 100.0}
-OF_MODEL = "of the model"
+BETA, NOISE = "beta of the model", "noise of the model"  # in a method's sections, for a value of OF_MODEL
+# beta of likelihoods over noise levels is the demos': velocity errors exceed noise errors. The noise of steps is that of
+# ancestral sampling: DDIM's eta 1, the flow SDE's sqrt 2
+OF_MODEL = {"sprites-sdxl": {BETA: 1000.0, NOISE: 1.0}, "sprites-sd3": {BETA: 100.0, NOISE: 2**0.5}}
 SAMPLER = {"num_steps": STEPS, "cfg_scale": 1.0, "batch_size": 32}  # as the evaluation: guidance alone lifts the base
 
 
@@ -74,7 +75,7 @@ def _pool(every: int) -> dict[str, Any]:
 
 def _dpo(whose: str) -> Method:
     source = {"images_per_prompt": 4, "prompts_per_round": 16, "pairs": "all", "sample_from": whose}
-    sections = {"source": source, "reference": {"name": "adapter_off"}, "objective": {"beta": OF_MODEL}}
+    sections = {"source": source, "reference": {"name": "adapter_off"}, "objective": {"beta": BETA}}
     return Method("online-dpo", 64, 16, {**sections, "train": {"batch_size": 16}})
 
 
@@ -83,8 +84,14 @@ def _rivals(config: str, **sections: Any) -> Method:
     return Method(config, 64, 16, {"source": source, "train": {"batch_size": 8}, **sections})
 
 
-EXPLORE = {"name": "explore", "beta": OF_MODEL, "weight": 0.01, "candidates": [1]}
-SOFT_PAIR = {"name": "pair", "beta": OF_MODEL, "labels": "soft", "temperature": 0.1}
+def _normalized(config: str, steps: int, source: dict[str, Any], batch_size: int) -> Method:
+    """The ratios are smaller by the steps' stds, so beta is larger."""
+    sections = {"source": source, "likelihood": {"ratio": "normalized"}, "objective": {"beta": 10.0}}
+    return Method(config, 64, steps, {**sections, "train": {"batch_size": batch_size}})
+
+
+EXPLORE = {"name": "explore", "beta": BETA, "weight": 0.01, "candidates": [1]}
+SOFT_PAIR = {"name": "pair", "beta": BETA, "labels": "soft", "temperature": 0.1}
 KL_ON_RIVALS = {"name": "kl", "weight": 100.0, "candidates": [2]}
 # Steps that are recorded or branch: the noisier. A log-density counts in units of its step's own noise, so that the
 # last, nearly noiseless steps outweigh the rest: `d3po-every-step` shows it.
@@ -94,14 +101,14 @@ D3PO = {"images_per_prompt": 4, "prompts_per_round": 16, "pairs": "all"}
 SPO = {"prompts_per_round": 20, "scorers": ["sprites_clip"]}
 GOLD_ON_PREVIEWS = {"prompts_per_round": 20, "temperature": 0.1}
 GROUPS = {"images_per_prompt": 8, "prompts_per_round": 8}
-MEANS = {"record_means": True}
-# by the steps' own stds the ratios are smaller; what a step is worth against another is what matters
-NORMALIZED = {"likelihood": {"ratio": "normalized"}, "objective": {"beta": 1.0}, "train": {"batch_size": 32}}
+# GRPO-Guard's ratios in other methods: every step counts alike, so that none has to be left out
+MEANS = {"record_means": True, "sampling": {"eta": NOISE}}
+EARLY_MEANS = {"record_means": True, "sampling": {"eta": NOISE, **EARLY}}
 METHODS = {
     "d3po": Method("d3po", 64, 16, {"source": {**D3PO, "sampling": EARLY}, "train": {"batch_size": 32}}),
     "d3po-every-step": Method("d3po", 64, 16, {"source": D3PO, "train": {"batch_size": 32}}),
-    "d3po-normalized": Method("d3po", 64, 16, {**NORMALIZED, "source": {**D3PO, **MEANS, "sampling": EARLY}}),
-    "d3po-normalized-every-step": Method("d3po", 64, 16, {**NORMALIZED, "source": {**D3PO, **MEANS}}),
+    "d3po-normalized": _normalized("d3po", 16, {**D3PO, **EARLY_MEANS}, 32),
+    "d3po-normalized-every-step": _normalized("d3po", 16, {**D3PO, **MEANS}, 32),
     # 4 + 1 + 4 * 15 of 80 rows are one chain's and its candidates': 65/20 pictures a prompt
     "spo": Method("spo", 65, 16, {"source": SPO, "train": {"batch_size": 32}}),
     "spo-gold": Method("spo", 65, 16, {"source": GOLD_ON_PREVIEWS, "train": {"batch_size": 32}}),
@@ -121,12 +128,14 @@ METHODS = {
         {"source": {"images_per_prompt": 4, "prompts_per_round": 16, "pairs": "all", "sampling": EARLY}}
         | {"train": {"batch_size": 8}},
     ),
+    "m-dpo-normalized": _normalized("m-dpo", 8, {**D3PO, **EARLY_MEANS}, 8),
     "tree-po": Method(
         "tree-po",
         64,
         8,
         {"source": {"prompts_per_round": 16, "steps_used": 5, "sampling": EARLY}, "train": {"batch_size": 4}},
     ),
+    "tree-po-normalized": _normalized("tree-po", 8, {"prompts_per_round": 16, "steps_used": 5, **EARLY_MEANS}, 4),
     "flow-grpo": Method(
         "flow-grpo",
         64,
@@ -137,7 +146,7 @@ METHODS = {
         "grpo-guard",
         64,
         16,
-        {"source": {**GROUPS, "sampling": {"num_steps": STEPS, **EARLY}}, "train": {"batch_size": 8}},
+        {"source": {**GROUPS, "sampling": {"num_steps": STEPS, "eta": NOISE, **EARLY}}, "train": {"batch_size": 8}},
     ),
     "ddpo": Method("ddpo", 64, 16, {"source": {**GROUPS, "sampling": EARLY}, "train": {"batch_size": 8}}),
     "online-dpo": Method(
@@ -145,7 +154,7 @@ METHODS = {
         64,
         16,
         {"source": {"images_per_prompt": 4, "prompts_per_round": 16, "pairs": "all"}, "reference": _pool(16)}
-        | {"objective": {"beta": OF_MODEL}, "train": {"batch_size": 16}},
+        | {"objective": {"beta": BETA}, "train": {"batch_size": 16}},
     ),
     "sppo-iterative": Method(
         "sppo-iterative",
@@ -158,7 +167,7 @@ METHODS = {
         "rso",
         64,
         16,
-        {"source": {"images_per_prompt": 8, "prompts_per_round": 8, "reject": 0.1}, "objective": {"beta": OF_MODEL}}
+        {"source": {"images_per_prompt": 8, "prompts_per_round": 8, "reject": 0.1}, "objective": {"beta": BETA}}
         | {"train": {"batch_size": 16}},
     ),
     "nft": Method(
@@ -180,25 +189,21 @@ METHODS = {
         64,
         16,
         {"source": {"prompts_per_round": 32}, "train": {"batch_size": 8}}
-        | {"objective": {"terms": [{"name": "pair", "beta": OF_MODEL}, EXPLORE]}},
+        | {"objective": {"terms": [{"name": "pair", "beta": BETA}, EXPLORE]}},
     ),
-    "seppo": _rivals("seppo", reference=_pool(16), objective={"beta": OF_MODEL}),
+    "seppo": _rivals("seppo", reference=_pool(16), objective={"beta": BETA}),
     # the anchor's sign of eight draws in place of one, and no flip at all, which is Diffusion-DPO against the rivals
-    "seppo-draws": _rivals("seppo", reference=_pool(16), objective={"beta": OF_MODEL}, likelihood={"draws": 8}),
-    "seppo-no-flip": _rivals("seppo", reference=_pool(16), objective={"beta": OF_MODEL, "flip": "none"}),
-    "sspo": _rivals("sspo", reference=_pool(16), objective={"beta": OF_MODEL}),
+    "seppo-draws": _rivals("seppo", reference=_pool(16), objective={"beta": BETA}, likelihood={"draws": 8}),
+    "seppo-no-flip": _rivals("seppo", reference=_pool(16), objective={"beta": BETA, "flip": "none"}),
+    "sspo": _rivals("sspo", reference=_pool(16), objective={"beta": BETA}),
     "reward-po": _rivals(
         "reward-po",
         source={"steps_per_round": 16, "scorers": [GOLD]},
         objective={"terms": [SOFT_PAIR, {"name": "sft", "candidates": [0], "weight": 1.0}]},
     ),
-    "hypo": _rivals(
-        "hypo", objective={"terms": [{"name": "pair", "beta": OF_MODEL, "candidates": [0, 1]}, KL_ON_RIVALS]}
-    ),
-    "offline-dpo": Method("diffusion-dpo", 0, 0, {"objective": {"beta": OF_MODEL}, "train": {"batch_size": 16}}),
-    "offline-dpo-seconds": Method(
-        "diffusion-dpo", 0, 0, {"objective": {"beta": OF_MODEL}, "train": {"batch_size": 16}}
-    ),
+    "hypo": _rivals("hypo", objective={"terms": [{"name": "pair", "beta": BETA, "candidates": [0, 1]}, KL_ON_RIVALS]}),
+    "offline-dpo": Method("diffusion-dpo", 0, 0, {"objective": {"beta": BETA}, "train": {"batch_size": 16}}),
+    "offline-dpo-seconds": Method("diffusion-dpo", 0, 0, {"objective": {"beta": BETA}, "train": {"batch_size": 16}}),
 }
 
 
@@ -274,15 +279,15 @@ def config_of(bench: Bench, name: str, seed: int, out: Path) -> Config:
         fixed["source"] |= {"prompts": TRAIN_PROMPTS, "scorers": [GOLD], "steps_per_round": method.steps}
     if name not in OFFLINE:
         fixed["source"] |= {"sampling": SAMPLER}
-    return resolve([model, method.config, fixed, _with_beta(method.sections, BETA[model])])
+    return resolve([model, method.config, fixed, _of_model(method.sections, OF_MODEL[model])])
 
 
-def _with_beta(value: Any, beta: float) -> Any:
+def _of_model(value: Any, values: dict[str, float]) -> Any:
     if isinstance(value, dict):
-        return {key: _with_beta(item, beta) for key, item in value.items()}
+        return {key: _of_model(item, values) for key, item in value.items()}
     if isinstance(value, list):
-        return [_with_beta(item, beta) for item in value]
-    return beta if value == OF_MODEL else value
+        return [_of_model(item, values) for item in value]
+    return values.get(value, value) if isinstance(value, str) else value
 
 
 def num_steps(bench: Bench, name: str) -> int:
@@ -402,7 +407,7 @@ def table(results: Path) -> str:
 def main() -> None:
     """Runs what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="sprites-sdxl", choices=BETA)
+    parser.add_argument("--model", default="sprites-sdxl", choices=OF_MODEL)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--images", type=int, default=768, help="pictures that a method may sample")
     parser.add_argument("--seeds", type=int, default=3)
