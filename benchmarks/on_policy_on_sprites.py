@@ -53,8 +53,8 @@ TRAIN_PROMPTS = "sprites:train:400:two"
 OFFLINE = ("offline-dpo", "offline-dpo-seconds")
 RECORDED = (*OFFLINE, *RIVALS)  # learn from offline pictures
 BETA, NOISE = "beta of the model", "noise of the model"  # in a method's sections, for a value of OF_MODEL
-# beta of likelihoods over noise levels is the demos': velocity errors exceed noise errors. The noise of steps is that of
-# ancestral sampling: DDIM's eta 1, the flow SDE's sqrt 2
+# beta of likelihoods over noise levels is the demos': velocity errors exceed noise errors. The noise of steps is that
+# of ancestral sampling: DDIM's eta 1, the flow SDE's sqrt 2
 OF_MODEL = {"sprites-sdxl": {BETA: 1000.0, NOISE: 1.0}, "sprites-sd3": {BETA: 100.0, NOISE: 2**0.5}}
 SAMPLER = {"num_steps": STEPS, "cfg_scale": 1.0, "batch_size": 32}  # as the evaluation: guidance alone lifts the base
 
