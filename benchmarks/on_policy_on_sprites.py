@@ -115,6 +115,16 @@ METHODS = {
     "spo-gold-early": Method(
         "spo", 37, 16, {"source": {**GOLD_ON_PREVIEWS, "last_step": LAST}, "train": {"batch_size": 32}}
     ),
+    # the exact judge on what a candidate leads to: 133/20 pictures a prompt
+    "spo-gold-ahead": Method(
+        "spo",
+        66,
+        16,
+        {
+            "source": {**GOLD_ON_PREVIEWS, "prompts_per_round": 10, "last_step": LAST, "preview_steps": 4},
+            "train": {"batch_size": 32},
+        },
+    ),
     "step-dpo": Method(
         "step-dpo",
         42,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -81,6 +82,16 @@ class Chain:
         pred = self.predict(self.xt, index, copies=1)
         mean, std = self.schedule.reverse_step(pred, self.xt, *self._times(len(self.xt), index), self.eta)
         self.xt = self._rounded(mean + std * self._noise(f"step {index}", 1)[:, 0])
+
+    def preview(self, xt: Float[Tensor, "N C h w"], pred: Tensor, index: int, copies: int) -> Float[Tensor, "N C h w"]:
+        """The clean latents to which steps of the ODE lead from `xt`, `pred` being its prediction at step `index`."""
+        num = min(self.source.preview_steps, len(self.grid) - index)
+        stops = [index + (len(self.grid) - index) * i // num for i in range(num)]
+        for stop, following in itertools.pairwise(stops):
+            times = torch.full((len(xt),), self.grid[following][0], device=self.device)
+            xt, _ = self.schedule.reverse_step(pred, xt, self._times(len(xt), stop)[0], times, 0.0)
+            pred = self.predict(xt, following, copies)
+        return self.schedule.to_x0(pred, xt, self._times(len(xt), stops[-1])[0])
 
     def branch(self, steps: Sequence[int], pred: Tensor | None) -> list[Transition]:
         """The candidates' ways through a window of steps that add noise: all from the chain's x_t, then each on its

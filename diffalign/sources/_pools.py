@@ -91,8 +91,7 @@ class Pools:
             if not is_last:
                 level = self.grid[end][0]
                 next_pred = chain.predict(flat, index=end, copies=k)
-                times = torch.full((len(flat),), level, device=flat.device)
-                previews = self.policy.schedule.to_x0(next_pred, flat, times)
+                previews = chain.preview(flat, next_pred, index=end, copies=k)
             scores = self._scores(previews, prompts, level)
             counts["previews"] = counts.get("previews", 0) + len(flat)
             counts["unjudged"] = counts.get("unjudged", 0) + int(np.isnan(scores).any(axis=2).sum())

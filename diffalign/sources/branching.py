@@ -43,6 +43,10 @@ class Branching:
         at its first step that another beats by `threshold`; wants go_on=first.
     bad_below: of first-bad: only a step whose preview scores below this is bad; in units of the score.
     preview: `full`; `half` decodes latents of half the size; or the folder of a tiny decoder (AutoencoderTiny).
+    preview_steps: deterministic steps from a candidate to its preview, at most those that the sampler has left. 1 is
+        the paper's, a blur at high noise that only a scorer trained on previews reads well; with more, any scorer of
+        finished pictures judges what the candidate leads to, each for one more row of the network. All steps that are
+        left give a child's value in tree search (MCTS-DPO, arXiv 2405.00451) of one leaf; its search is left out.
     sampling: eta defaults to 1 (DDIM) or 0.7 (the flow SDE), `noisy` must be all.
     latents: type in which latents are kept; they are rounded to it as they are drawn.
     scorer_timeout: seconds for one call of a scorer.
@@ -66,6 +70,7 @@ class Branching:
     keep: Literal["every", "first-bad"] = "every"
     bad_below: float | None = None
     preview: str = "full"
+    preview_steps: int = 1
     prompts_per_round: int = 40
     steps_per_round: int = 16
     sampling: RolloutSampling = field(default_factory=RolloutSampling)
@@ -74,7 +79,8 @@ class Branching:
     scorer_timeout: float | None = 600.0
 
     def __post_init__(self) -> None:
-        least = {"candidates": 2, "first_step": 0, "window": 1, "prompts_per_round": 1, "steps_per_round": 1}
+        least = {"candidates": 2, "first_step": 0, "window": 1, "preview_steps": 1}
+        least |= {"prompts_per_round": 1, "steps_per_round": 1}
         for name, lowest in least.items():
             if getattr(self, name) < lowest:
                 raise UserError(f"source.{name} must be at least {lowest} (got {getattr(self, name)})")
@@ -128,6 +134,7 @@ class Branching:
             threshold=0.0,
             threshold_noisiest=None,
             bad_below=None,
+            preview_steps=min(self.preview_steps, 2),
         )
 
     def training_rows(self, draws: int) -> int:
@@ -139,6 +146,9 @@ class Branching:
         end = self.sampling.num_steps - 1  # its preview is the picture itself
         judged = end if self.last_step is None else min(self.last_step + 1, end)
         per_prompt = self.first_step + 1 + self.candidates * (judged - self.first_step)
+        for start in range(self.first_step, judged, self.window):
+            left = self.sampling.num_steps - min(start + self.window, judged)
+            per_prompt += self.candidates * (min(self.preview_steps, left) - 1)
         return guided_rows(self.sampling) * per_prompt * self.prompts_per_round / self.steps_per_round
 
     def prepare(self, policy: Any, reference: Any, setting: Setting) -> Rounds:

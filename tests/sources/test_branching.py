@@ -250,6 +250,45 @@ def test_network_rows(candidates, window, first_step, cfg_scale, tmp_path):
     assert maker.source.sampling_rows(1) == wanted / num * maker.source.prompts_per_round / maker.source.steps_per_round
 
 
+@pytest.mark.parametrize("window,last_step", [(1, None), (2, None), (1, 3), (2, 3)])
+@pytest.mark.parametrize("preview_steps", [2, 3, 10])
+def test_network_rows_of_longer_previews(preview_steps, window, last_step, tmp_path):
+    """Each further step of a preview is a row of its candidate, while the sampler has steps left."""
+    fields = {"sampling": {"num_steps": 6, "cfg_scale": 1.0}, "candidates": 2, "window": window, "last_step": last_step}
+    found = []
+    for steps in (1, preview_steps):
+        maker = pools(tmp_path / str(steps), preview_steps=steps, **fields)
+        rows = made(maker).info["network_rows"] / 3
+        assert maker.source.sampling_rows(1) == rows * 3 / maker.source.steps_per_round
+        found.append(rows)
+    stop = 6 if last_step is None else last_step + 1
+    ends = [min(start + window, stop) for start in range(1, stop, window)]
+    assert found[1] - found[0] == 2 * sum(min(preview_steps, 6 - end) - 1 for end in ends if end < 6)
+
+
+@pytest.mark.parametrize("kind", ["flow", "ddim"])
+@pytest.mark.parametrize("steps,stops", [(1, [2]), (2, [2, 4]), (3, [2, 3, 4]), (9, [2, 3, 4, 5])])
+def test_previews_are_steps_of_the_ode(steps, stops, kind, tmp_path):
+    """From x_prev of step 1 over the sampler's own levels, and the last step's clean prediction."""
+    policy = Policy(RectifiedFlow(shift=3.0) if kind == "flow" else schedule())
+    sampling = {"num_steps": 6, "cfg_scale": 1.0}
+    maker = pools(tmp_path, policy=policy, sampling=sampling, candidates=2, last_step=1, preview_steps=steps)
+    batch = everything(maker, made(maker))
+    places = batch.cond["place"].repeat_interleave(2, dim=0)
+    x = batch.x_prev[:, :, 0].flatten(0, 1)
+    for stop, following in zip(stops, [*stops[1:], None], strict=True):
+        t = torch.full((len(x),), maker.grid[stop][0])
+        pred = policy(x, t, {"place": places})
+        if following is None:
+            x = policy.schedule.to_x0(pred, x, t)
+        else:
+            x, std = policy.schedule.reverse_step(pred, x, t, torch.full((len(x),), maker.grid[following][0]), 0.0)
+            assert not std.any()
+    (decoded,) = policy.decoded
+    gaps = torch.cdist(decoded.flatten(1).double(), x.flatten(1).double())  # the batch has winners first
+    assert len(decoded) == len(x) == 6 and gaps.min(dim=0).values.max() < 1e-4 and gaps.min(dim=1).values.max() < 1e-4
+
+
 def test_nothing_is_sampled_after_the_last_step_that_branches(tmp_path):
     fields = {"candidates": 2, "first_step": 1, "sampling": {"num_steps": 6}}
     maker, whole = pools(tmp_path, last_step=2, **fields), pools(tmp_path, **fields)
@@ -678,6 +717,7 @@ def test_facts_are_of_the_prompts(tmp_path):
         ({"last_step": 4}, "source.last_step must lie in first_step..num_steps-1"),
         ({"window": 0}, "source.window must be at least 1"),
         ({"candidates": 1}, "source.candidates must be at least 2"),
+        ({"preview_steps": 0}, "source.preview_steps must be at least 1"),
         ({"prompts_per_round": 0}, "source.prompts_per_round must be at least 1"),
         ({"steps_per_round": 0}, "source.steps_per_round must be at least 1"),
         ({"sampling": {"eta": 0.0}}, "leave eta above 0 and noisy alone"),
