@@ -210,7 +210,8 @@ def _show(verb: str, result: Any) -> None:
             print(f"self-check: export covers {covered}, a fixed-seed picture changed by {difference:.2f} of 255")
     elif verb == "train-scorer":
         found = {name: value for name, value in result.holdout.items() if value is not None}
-        values = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
+        of_base = {name: f" (base {value:.3f})" for name, value in result.base.items()}
+        values = ", ".join(f"{name} {value:.3f}{of_base.get(name, '')}" for name, value in found.items())
         print(f"trained {result.steps} steps; scorer in {result.folder / 'export'}{values and '; held out: '}{values}")
     elif verb == "stages":
         print(f"trained {len(result.rows)} stages; weights in {result.export}, summary in {result.folder}/stages.json")

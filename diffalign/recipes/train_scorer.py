@@ -40,6 +40,7 @@ class ScorerResult:
     folder: Path
     steps: int
     holdout: Mapping[str, float]  # the last validation: holdout/accuracy, or one per timestep
+    base: Mapping[str, float]  # the same of the base, before the first step
 
 
 def scores_of(
@@ -151,6 +152,7 @@ def train_scorer(config: Config, quiet: bool = False) -> ScorerResult:
     settings, folder = trainer.settings, trainer.run.folder
     log = MetricsLog(folder, config.log.trackers, config.log.project)
     log.resume(trainer.first_step - 1)
+    base = _of_base(trainer)
     validated: dict[str, float] = {}
     with (
         Progress("train-scorer", settings.steps, trainer.first_step, "step", quiet) as progress,
@@ -178,12 +180,20 @@ def train_scorer(config: Config, quiet: bool = False) -> ScorerResult:
                 save(trainer, done)
             progress.advance(note=f"loss {scalars['loss']:.4f}")
     log.close()
-    result = _finish(trainer, validated)
+    result = _finish(trainer, validated, base)
     trainer.pairs.close()
     return result
 
 
-def _finish(trainer: ScorerTrainer, validated: Mapping[str, float]) -> ScorerResult:
+def _of_base(trainer: ScorerTrainer) -> Mapping[str, float]:
+    """What the base reaches held out: without it nobody sees a training that only harms."""
+    path = trainer.run.folder / "base_holdout.json"
+    if trainer.first_step == 0 and trainer.settings.validate_every and not path.is_file():
+        write_json(path, validate(trainer))
+    return read_json(path)
+
+
+def _finish(trainer: ScorerTrainer, validated: Mapping[str, float], of_base: Mapping[str, float]) -> ScorerResult:
     """Exports once, and says what the last validation measured.
 
     Raises:
@@ -212,4 +222,4 @@ def _finish(trainer: ScorerTrainer, validated: Mapping[str, float]) -> ScorerRes
         result = {"steps": settings.steps, "tensors": len(base), "tensors_moved": len(moved), "holdout": holdout}
         write_json(folder / "export_check.json", result)
     trainer.world.close()
-    return ScorerResult(folder, settings.steps, result["holdout"])
+    return ScorerResult(folder, settings.steps, result["holdout"], of_base)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -100,6 +101,7 @@ def test_learns_and_exports_what_it_trained(clip_folder: Path, data: Path, tmp_p
     rows = read_metrics(tmp_path / "run")
     assert len(rows) == 12 and rows[-1]["accuracy"] == 1 and rows[-1]["loss"] < rows[0]["loss"]
     assert result.holdout["holdout/accuracy"] == 1
+    assert result.base == go(clip_folder, data, tmp_path / "still", lr=1e-12, steps=1).holdout  # of the base itself
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
     assert facts["data"]["num_pairs"] + facts["data"]["num_holdout"] == 24
     made = build("scorer", {"name": "clip_preference", "path": str(tmp_path / "run" / "export"), "device": "cpu"})
@@ -329,6 +331,6 @@ def test_command_line(clip_folder: Path, data: Path, tmp_path: Path, capsys: pyt
     ]
     keys += ["train_scorer.steps=1", "train_scorer.batch_size=2", "train_scorer.device=cpu", "log.trackers=[]"]
     assert main(["train-scorer", "--quiet", *keys, "train_scorer.holdout=0.2"]) == 0
-    assert "scorer in" in capsys.readouterr().out
+    assert re.search(r"scorer in .*held out: holdout/accuracy \d\.\d+ \(base \d\.\d+\)", capsys.readouterr().out)
     assert main(["train-scorer", "--quiet", *keys[1:]]) == 2
     assert "train_scorer.base is missing" in capsys.readouterr().err
