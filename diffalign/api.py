@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from diffalign.launching import Launcher
     from diffalign.launching._form import Field
     from diffalign.ranking import Standings
-    from diffalign.recipes._painter_studio import Studio
     from diffalign.recipes.evaluate import Evaluation
     from diffalign.recipes.painter import Painter
+    from diffalign.recipes.painter._studio import Studio
     from diffalign.recipes.stages import StagesResult
     from diffalign.recipes.sweep import SweepResult
     from diffalign.recipes.train import TrainResult
@@ -193,15 +193,15 @@ def painter(*, device: str = "auto") -> Painter:
 
 
 def studio(*, config: Config, folder: Path, roots: Sequence[Path], below: Callable[[str], Path]) -> Studio:
-    """Models and adapters to compare, and comparisons of them; see `diffalign.recipes._painter_studio.Studio`."""
-    from diffalign.recipes._painter_studio import Studio
+    """Models and adapters to compare, and comparisons of them; see `diffalign.recipes.painter._studio.Studio`."""
+    from diffalign.recipes.painter._studio import Studio
 
     return Studio(config, folder, roots, below)
 
 
 def difference(first: Any, second: Any) -> tuple[Any, float, int]:
     """(|first - second| amplified, its mean in grey levels, the gain) of two PIL images."""
-    from diffalign.recipes._painter_comparison import difference as of
+    from diffalign.recipes.painter._comparison import difference as of
 
     return of(first, second)
 

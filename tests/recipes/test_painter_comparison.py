@@ -21,9 +21,9 @@ from PIL import Image
 from diffalign import checkpoint
 from diffalign.config import resolve
 from diffalign.recipes._generate_manifest import read_manifest
-from diffalign.recipes._painter_comparison import Comparison, difference
-from diffalign.recipes._painter_studio import Studio
-from diffalign.recipes._painter_written import write
+from diffalign.recipes.painter._comparison import Comparison, difference
+from diffalign.recipes.painter._studio import Studio
+from diffalign.recipes.painter._written import write
 from diffalign.types import ScorerInfo, UserError
 
 RED, BLUE = "a small red circle on a dark background", "a large blue square on a light background"

@@ -12,9 +12,9 @@ import yaml
 
 from diffalign.config import Config, resolve
 from diffalign.recipes._generate_manifest import check_only
-from diffalign.recipes._painter_found import Contestant, contestants
-from diffalign.recipes._painter_plan import Plan, first_view, plan
-from diffalign.recipes._painter_view import MAX_LINK, View
+from diffalign.recipes.painter._found import Contestant, contestants
+from diffalign.recipes.painter._plan import Plan, first_view, plan
+from diffalign.recipes.painter._view import MAX_LINK, View
 from diffalign.types import UserError
 
 FOUND = {
@@ -241,6 +241,6 @@ def test_the_search_ends(config: Config, section: Any, tmp_path: Path, monkeypat
         run_folder(tmp_path / f"run{index}", section)
     run_folder(tmp_path.joinpath(*"abcdefghijk"), section)
     assert len(contestants(config, [tmp_path])) == 8
-    monkeypatch.setattr("diffalign.recipes._painter_found.MAX_FOUND", 4)
+    monkeypatch.setattr("diffalign.recipes.painter._found.MAX_FOUND", 4)
     assert len(contestants(config, [tmp_path])) == 4
     assert list(contestants(config, [tmp_path / "none"])) == ["sprites-sdxl", "sprites-sd3"]

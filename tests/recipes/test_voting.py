@@ -14,10 +14,9 @@ import pytest
 from PIL import Image
 
 from diffalign.errors import UserError, WaitsForVotes
-from diffalign.recipes import _voting_mirror
-from diffalign.recipes._voting_live import AHEAD, Live
 from diffalign.recipes.painter import Painted
-from diffalign.recipes.voting import Voting
+from diffalign.recipes.voting import Voting, _mirror
+from diffalign.recipes.voting._live import AHEAD, Live
 from diffalign.sources._votes import TALLY, VOTES, read_votes, write_ballot
 from diffalign.votes import OVERALL, Ballot, Verdict, VoteBook
 
@@ -265,14 +264,14 @@ def test_exactly_once_across_a_crash_between_the_two_writes(tmp_path, monkeypatc
     voting = Voting(tmp_path / "votes.db")
     task = voting.open_folder(folder, "title")
     voting.cast(voting.turn(task.id, "ann").ballot.id, LEFT)
-    real = _voting_mirror._append
+    real = _mirror._append
 
     def append(path: Path, data: bytes) -> None:
         if crash != "before the file":
             real(path, {"half a line": data[:20], "no end of line": data[:-1]}.get(crash, data))
         raise RuntimeError("the power fails")
 
-    monkeypatch.setattr(_voting_mirror, "_append", append)
+    monkeypatch.setattr(_mirror, "_append", append)
     with pytest.raises(RuntimeError):
         voting.cast(voting.turn(task.id, "ann").ballot.id, RIGHT)
     monkeypatch.undo()

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from diffalign.recipes import _voting_folders as folders
-from diffalign.recipes._painter_plan import plan
-from diffalign.recipes._voting_live import Live, live_task
-from diffalign.recipes._voting_mirror import mirror
+from diffalign.recipes.painter._plan import plan
+from diffalign.recipes.voting import _folders as folders
+from diffalign.recipes.voting._live import Live, live_task
+from diffalign.recipes.voting._mirror import mirror
 from diffalign.sources._votes import TALLY
 from diffalign.types import UserError
 from diffalign.votes import OVERALL, Ballot, Progress, Receipt, Task, VoteBook, verdicts_of
@@ -85,7 +85,7 @@ class Voting:
         """The task of contestants that paint while people vote; painting begins.
 
         Args:
-            studio: knows contestants by name, and paints; see `_painter_studio.Studio`.
+            studio: knows contestants by name, and paints; see `diffalign.recipes.painter._studio.Studio`.
             prompts: texts, or sets of them.
 
         Raises:

@@ -16,10 +16,10 @@ from PIL import Image
 
 from diffalign.recipes._generate_manifest import image_name
 from diffalign.recipes._judging import BATCH, batched, open_image
-from diffalign.recipes._painter_judges import Judges
-from diffalign.recipes._painter_plan import Plan
 from diffalign.recipes.generate import save_image
 from diffalign.recipes.painter import Painter
+from diffalign.recipes.painter._judges import Judges
+from diffalign.recipes.painter._plan import Plan
 from diffalign.types import UserError
 
 Cell = tuple[int, int, int]  # which column, prompt and number, by their places in the plan

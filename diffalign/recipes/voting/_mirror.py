@@ -15,7 +15,7 @@ from typing import Any
 
 from diffalign._atomic import write_atomic
 from diffalign._json import to_json
-from diffalign.recipes._voting_folders import inside, key_of
+from diffalign.recipes.voting._folders import inside, key_of
 from diffalign.sources._votes import VOTES
 from diffalign.types import UserError
 from diffalign.votes import Task, Vote, VoteBook

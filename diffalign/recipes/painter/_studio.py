@@ -11,13 +11,13 @@ from typing import Any
 
 from diffalign.config import Config
 from diffalign.recipes._generate_prompts import open_prompts
-from diffalign.recipes._painter_comparison import Comparison
-from diffalign.recipes._painter_found import Contestant, contestants
-from diffalign.recipes._painter_judges import Judges
-from diffalign.recipes._painter_plan import first_view, plan
-from diffalign.recipes._painter_view import View
-from diffalign.recipes._painter_written import archive, write
 from diffalign.recipes.painter import shared
+from diffalign.recipes.painter._comparison import Comparison
+from diffalign.recipes.painter._found import Contestant, contestants
+from diffalign.recipes.painter._judges import Judges
+from diffalign.recipes.painter._plan import first_view, plan
+from diffalign.recipes.painter._view import View
+from diffalign.recipes.painter._written import archive, write
 from diffalign.sampling import SAMPLERS
 from diffalign.types import UserError
 

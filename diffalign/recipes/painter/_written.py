@@ -19,7 +19,7 @@ from diffalign.recipes import _run
 from diffalign.recipes._generate_manifest import read_manifest, write_manifest
 from diffalign.recipes._generate_prompts import digest
 from diffalign.recipes._judging import open_image
-from diffalign.recipes._painter_comparison import Comparison
+from diffalign.recipes.painter._comparison import Comparison
 from diffalign.report import image_grid
 from diffalign.types import UserError
 
