@@ -35,10 +35,10 @@ from diffalign._atomic import write_atomic
 from diffalign._json import read_json, write_json
 from diffalign.agreement import kappa, verdict_tables
 from diffalign.config import Config, resolve
-from diffalign.recipes._label_rules import choices
 from diffalign.recipes._run import environment
 from diffalign.recipes.generate import generate, read_manifest
 from diffalign.recipes.label import label
+from diffalign.recipes.label._rules import choices
 from diffalign.recipes.score import score
 from diffalign.recipes.train import train
 from diffalign.sections import Generate, Label, Score

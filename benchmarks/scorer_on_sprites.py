@@ -30,8 +30,8 @@ from diffalign._json import read_json, write_json
 from diffalign.config import resolve
 from diffalign.recipes._images import prompt_cond
 from diffalign.recipes._run import environment
-from diffalign.recipes._scorer_previews import Previews, time_of
 from diffalign.recipes.generate import generate
+from diffalign.recipes.train_scorer._previews import Previews, time_of
 from diffalign.registry import build
 from diffalign.sprites import WEIGHTS
 from diffalign.sprites.preferences import generated_pairs, pair, wrong_scenes

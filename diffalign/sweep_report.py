@@ -54,7 +54,7 @@ def write_sweep_report(folder: Path, results: Mapping[str, Any]) -> Path:
     """Writes sweep.json, report.html and, where there are two axes, front.svg, each whole or not at all.
 
     Args:
-        results: `recipes._sweep_results.results` with `title`, `facts`, `scorers` (name -> facts) and `failed`.
+        results: `recipes.sweep._results.results` with `title`, `facts`, `scorers` (name -> facts) and `failed`.
 
     Returns:
         The page's path.

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diffalign.recipes._sweep_points import Setting
-from diffalign.recipes._sweep_results import Judged, results
+from diffalign.recipes.sweep._points import Setting
+from diffalign.recipes.sweep._results import Judged, results
 from diffalign.sweep_report import write_sweep_report
 
 NUM = 20

@@ -20,7 +20,7 @@ from diffalign.data import Report, good_records
 from diffalign.data._images import decode
 from diffalign.progress import Progress
 from diffalign.recipes._judging import BATCH
-from diffalign.recipes._score_fill import Asker, open_cache
+from diffalign.recipes.score._fill import Asker, open_cache
 from diffalign.registry import build
 from diffalign.score_cache import image_id
 from diffalign.scorers._build import build_scorers, scorer_key

@@ -18,9 +18,9 @@ from PIL import Image
 from diffalign import api
 from diffalign.cli import main
 from diffalign.distributed import World
-from diffalign.recipes import _evaluate_spread as spreads
-from diffalign.recipes._evaluate_training import Judge, Seen, kinds, seen_by
 from diffalign.recipes.evaluate import Evaluation, model_names, same_rows, score_folder
+from diffalign.recipes.evaluate import _spread as spreads
+from diffalign.recipes.evaluate._training import Judge, Seen, kinds, seen_by
 from diffalign.score_cache import scorer_fingerprint
 from diffalign.scorers._build import build_scorers, scorer_key
 from diffalign.sections import Score

@@ -18,8 +18,8 @@ from PIL import Image
 from diffalign._json import read_json
 from diffalign.config import resolve
 from diffalign.recipes import generate as recipe
-from diffalign.recipes._generate_manifest import image_name, read_manifest
 from diffalign.recipes.generate import generate
+from diffalign.recipes.generate._manifest import image_name, read_manifest
 from diffalign.registry import find
 from diffalign.types import ScorerInfo, UserError
 

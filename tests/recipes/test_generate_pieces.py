@@ -9,10 +9,10 @@ import pytest
 
 from diffalign.config import resolve
 from diffalign.data import read_prompts
-from diffalign.recipes import _generate_manifest
 from diffalign.recipes import generate as recipe
-from diffalign.recipes._generate_prompts import FilePrompts, open_prompts
-from diffalign.recipes._generate_variants import variants
+from diffalign.recipes.generate import _manifest
+from diffalign.recipes.generate._prompts import FilePrompts, open_prompts
+from diffalign.recipes.generate._variants import variants
 from diffalign.sections import Generate
 from diffalign.types import UserError
 
@@ -60,5 +60,5 @@ class Endless:
 def test_batches_and_rows_take_prompts_as_they_need_them(tmp_path):
     first, second = itertools.islice(recipe._batches(Endless(), 2, 3), 2)
     assert first == [(0, "thing 0", 0), (0, "thing 0", 1), (1, "thing 1", 0)] and second[0] == (1, "thing 1", 1)
-    rows = itertools.islice(_generate_manifest._rows(tmp_path, Endless(), Generate(), {"": {}}), 5)
+    rows = itertools.islice(_manifest._rows(tmp_path, Endless(), Generate(), {"": {}}), 5)
     assert [(row["prompt_id"], row["number"]) for row in rows] == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0)]

@@ -19,7 +19,7 @@ from diffalign._json import read_json, write_json
 from diffalign.config import Config
 from diffalign.data import RecordWriter, Report, good_records
 from diffalign.recipes import label as recipe
-from diffalign.recipes._label_survey import Survey
+from diffalign.recipes.label._survey import Survey
 from diffalign.registry import build
 from diffalign.sections import Label
 from diffalign.types import Record, UserError

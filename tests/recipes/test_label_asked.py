@@ -17,7 +17,7 @@ from scorers.towers import write_head
 from test_label import NAMES, files, go, read, rows_of, scored, write_rows
 
 from diffalign._json import read_json
-from diffalign.recipes import _label_asked
+from diffalign.recipes.label import _asked
 from diffalign.registry import build
 from diffalign.scorers._vlm_questions import CAPTION
 from diffalign.scorers.vlm import Vlm
@@ -64,7 +64,7 @@ def test_a_model_writes_a_caption_for_every_picture(folder: Path, model: Path) -
     lines = lines_of(folder / "captions.jsonl")
     assert [line["file"] for line in lines] == [row["file"] for row in rows_of(folder)]
     vlm = Vlm(path=str(model), device="cpu", dtype="float32", max_new_tokens=5)
-    images = [_label_asked.read_picture(folder / line["file"]) for line in lines]
+    images = [_asked.read_picture(folder / line["file"]) for line in lines]
     texts = [CAPTION.replace("{prompt}", row["prompt"]) for row in rows_of(folder)]
     assert [line["caption"] for line in lines] == [
         " ".join(answer.split()) or None for answer in vlm.ask(images, texts)
@@ -204,7 +204,7 @@ def test_a_random_head_labels_scored_pictures_as_it_compares_them(tmp_path: Path
     made = read(go(folder, prefer="pairwise", judge=judge))
     scorer = build("scorer", judge)
     for number, record in enumerate(made):
-        images = [_label_asked.read_picture(folder / f"{number}-{k}.png") for k in range(3)]
+        images = [_asked.read_picture(folder / f"{number}-{k}.png") for k in range(3)]
         table = scorer.compare_group(images, record.prompt)
         share = (table.sum(axis=1) - 0.5) / 2
         winner, loser = int(share.argmax()), int(share.argmin())

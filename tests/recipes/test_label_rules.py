@@ -11,9 +11,9 @@ from makers import picture
 from PIL import Image
 
 from diffalign.preference_rules import chosen_pairs, compare, is_decided, utility, vote_shares, win_probability
-from diffalign.recipes._label_captions import perturbed
-from diffalign.recipes._label_degrade import degrade, ladder
-from diffalign.recipes._label_rules import choices, labelled
+from diffalign.recipes.label._captions import perturbed
+from diffalign.recipes.label._degrade import degrade, ladder
+from diffalign.recipes.label._rules import choices, labelled
 from diffalign.sections import Label
 from diffalign.types import UserError
 

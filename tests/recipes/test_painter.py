@@ -14,8 +14,8 @@ from PIL import Image
 
 from diffalign.config import Config, resolve
 from diffalign.recipes import painter as recipe
-from diffalign.recipes._generate_variants import Variant, variants
 from diffalign.recipes.generate import generate, read_facts, read_manifest
+from diffalign.recipes.generate._variants import Variant, variants
 from diffalign.recipes.painter import Painter
 from diffalign.registry import find
 from diffalign.types import UserError

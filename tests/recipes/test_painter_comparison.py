@@ -20,7 +20,7 @@ from PIL import Image
 
 from diffalign import checkpoint
 from diffalign.config import resolve
-from diffalign.recipes._generate_manifest import read_manifest
+from diffalign.recipes.generate._manifest import read_manifest
 from diffalign.recipes.painter._comparison import Comparison, difference
 from diffalign.recipes.painter._studio import Studio
 from diffalign.recipes.painter._written import write

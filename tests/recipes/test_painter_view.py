@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from diffalign.config import Config, resolve
-from diffalign.recipes._generate_manifest import check_only
+from diffalign.recipes.generate._manifest import check_only
 from diffalign.recipes.painter._found import Contestant, contestants
 from diffalign.recipes.painter._plan import Plan, first_view, plan
 from diffalign.recipes.painter._view import MAX_LINK, View

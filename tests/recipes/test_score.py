@@ -24,7 +24,7 @@ from diffalign import api
 from diffalign.cli import main
 from diffalign.progress import Progress
 from diffalign.recipes._judging import open_image
-from diffalign.recipes._score_fill import Asker, Filler
+from diffalign.recipes.score._fill import Asker, Filler
 from diffalign.score_cache import ScoreCache
 from diffalign.scorers._build import build_scorers
 from diffalign.sections import Score
@@ -301,7 +301,7 @@ def test_memory_does_not_grow_with_the_rows(images, tmp_path):
 
 
 def test_huge_pictures_wait_in_small_batches(images, monkeypatch):
-    monkeypatch.setattr("diffalign.recipes._score_fill.HELD_PIXELS", 3 * 64 * 64)
+    monkeypatch.setattr("diffalign.recipes.score._fill.HELD_PIXELS", 3 * 64 * 64)
     assert len(go(images)) == 10
     assert Scripted.calls == [3, 3, 3, 1]
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from diffalign.config import Sampling
 from diffalign.randomness import address
 from diffalign.recipes._images import sample_images
-from diffalign.recipes._select import selection_of
-from diffalign.recipes._select_paths import best
-from diffalign.recipes._select_pictures import Chooser
+from diffalign.recipes.generate._select import selection_of
+from diffalign.recipes.generate._select_paths import best
+from diffalign.recipes.generate._select_pictures import Chooser
 from diffalign.schedule import schedule_from_config
 from diffalign.sections import Generate
 from diffalign.types import ScorerInfo, UserError

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from diffalign.config import resolve
-from diffalign.recipes._select import Selection, selection_of
-from diffalign.recipes._select_paths import Verdicts
+from diffalign.recipes.generate._select import Selection, selection_of
+from diffalign.recipes.generate._select_paths import Verdicts
 from diffalign.sections import Generate
 from diffalign.types import UserError
 

@@ -17,8 +17,8 @@ from diffalign.cli import main
 from diffalign.config import resolve
 from diffalign.metrics import read_metrics
 from diffalign.recipes import sweep as recipe
-from diffalign.recipes._sweep_points import folder_name, settings_of
-from diffalign.recipes._sweep_results import Judged, front_of, quantiles, standings
+from diffalign.recipes.sweep._points import folder_name, settings_of
+from diffalign.recipes.sweep._results import Judged, front_of, quantiles, standings
 from diffalign.types import UserError
 
 KEY = "objective.score_weights.sprites_sparse"

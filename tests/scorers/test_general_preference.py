@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from diffalign.config import resolve
 from diffalign.recipes import train_scorer as recipe
-from diffalign.recipes._scorer_loss import pair_loss
+from diffalign.recipes.train_scorer._loss import pair_loss
 from diffalign.registry import build
 from diffalign.scorers import _clip_files as files
 from diffalign.scorers import _preference_head as heads

@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from diffalign.cli import main
 from diffalign.config import resolve
 from diffalign.metrics import read_metrics
-from diffalign.recipes import _scorer_setup as setup
 from diffalign.recipes import train_scorer as recipe
-from diffalign.recipes._scorer_loss import label_of, pair_loss, prompt_weights, pseudo_label
-from diffalign.recipes._scorer_previews import Previews, time_of
+from diffalign.recipes.train_scorer import _setup as setup
+from diffalign.recipes.train_scorer._loss import label_of, pair_loss, prompt_weights, pseudo_label
+from diffalign.recipes.train_scorer._previews import Previews, time_of
 from diffalign.registry import build
 from diffalign.schedule import RectifiedFlow, VariancePreserving
 from diffalign.types import UserError
@@ -195,7 +195,7 @@ def test_pseudo_labels_are_another_scorers_and_computed_once(
     expected = np.where(np.abs(gaps) <= 0.3, 0.5, gaps > 0)
     assert trainer.pairs.pseudo is not None
     np.testing.assert_array_equal(trainer.pairs.pseudo, expected)
-    monkeypatch.setattr("diffalign.recipes._scorer_data.judge", lambda *_: pytest.fail("scored twice"))
+    monkeypatch.setattr("diffalign.recipes.train_scorer._data.judge", lambda *_: pytest.fail("scored twice"))
     recipe.set_up(resolve(words(clip_folder, data, tmp_path / "run", **keys)), True)
 
 

@@ -20,12 +20,12 @@ from diffalign.config import Config
 from diffalign.distributed import World
 from diffalign.models._adapter import ADAPTER
 from diffalign.models._user_files import FILE as USER_FILE
-from diffalign.recipes._generate_variants import Variant, made_by
-from diffalign.recipes._generate_variants import variants as variants
 from diffalign.recipes._images import decoded, sample_latents
 from diffalign.recipes._judging import batched
 from diffalign.recipes._user import user_cond
 from diffalign.recipes.generate import load_for_images
+from diffalign.recipes.generate._variants import Variant, made_by
+from diffalign.recipes.generate._variants import variants as variants
 from diffalign.sampling import SamplerStep
 from diffalign.types import UserError
 

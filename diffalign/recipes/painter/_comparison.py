@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from diffalign.recipes._generate_manifest import image_name
 from diffalign.recipes._judging import BATCH, batched, open_image
 from diffalign.recipes.generate import save_image
+from diffalign.recipes.generate._manifest import image_name
 from diffalign.recipes.painter import Painter
 from diffalign.recipes.painter._judges import Judges
 from diffalign.recipes.painter._plan import Plan

@@ -21,8 +21,8 @@ from diffalign.config import Config, config_names, resolve
 from diffalign.models._adapter import FILE as LORA_FILE
 from diffalign.models._config import Lora
 from diffalign.models._user_files import FILE as USER_FILE
-from diffalign.recipes._generate_variants import variants
 from diffalign.recipes.export import export
+from diffalign.recipes.generate._variants import variants
 from diffalign.registry import find, names
 from diffalign.types import UserError
 

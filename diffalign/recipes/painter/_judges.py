@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from diffalign.config import Config
-from diffalign.recipes._score_fill import Asker, open_cache
+from diffalign.recipes.score._fill import Asker, open_cache
 from diffalign.score_cache import image_id
 from diffalign.scorers._build import Spec, build_scorers, scorer_key
 from diffalign.sections import Score

@@ -11,8 +11,8 @@ from typing import Any
 from diffalign.config import Config, Sampling, merge_settings, resolve
 from diffalign.data._prompt_sets import SETS
 from diffalign.data._prompts import SMOKE, read_prompts
-from diffalign.recipes._generate_manifest import image_name
-from diffalign.recipes._generate_variants import Variant, variants
+from diffalign.recipes.generate._manifest import image_name
+from diffalign.recipes.generate._variants import Variant, variants
 from diffalign.recipes.painter._found import Contestant, ready
 from diffalign.recipes.painter._view import MAX_STRENGTH, View, number, within
 from diffalign.types import UserError

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.config import Config
-from diffalign.recipes._generate_prompts import open_prompts
+from diffalign.recipes.generate._prompts import open_prompts
 from diffalign.recipes.painter import shared
 from diffalign.recipes.painter._comparison import Comparison
 from diffalign.recipes.painter._found import Contestant, contestants

@@ -16,9 +16,9 @@ from PIL import Image, ImageDraw, ImageFont
 from diffalign._atomic import write_atomic
 from diffalign._json import to_json, write_json
 from diffalign.recipes import _run
-from diffalign.recipes._generate_manifest import read_manifest, write_manifest
-from diffalign.recipes._generate_prompts import digest
 from diffalign.recipes._judging import open_image
+from diffalign.recipes.generate._manifest import read_manifest, write_manifest
+from diffalign.recipes.generate._prompts import digest
 from diffalign.recipes.painter._comparison import Comparison
 from diffalign.report import image_grid
 from diffalign.types import UserError

@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from diffalign.recipes._generate_manifest import MANIFEST, read_manifest
+from diffalign.recipes.generate._manifest import MANIFEST, read_manifest
 from diffalign.sources._votes import BALLOT, TALLY, VOTES
 from diffalign.types import UserError
 from diffalign.votes import Picture, Place, Task, VoteBook

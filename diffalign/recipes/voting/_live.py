@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from diffalign._json import to_json
-from diffalign.recipes._generate_variants import Variant
+from diffalign.recipes.generate._variants import Variant
 from diffalign.types import UserError
 from diffalign.votes import Picture, Place, Task, VoteBook
 from diffalign.votes._choice import choices, with_ties

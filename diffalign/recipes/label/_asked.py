@@ -20,8 +20,8 @@ from diffalign._json import read_json, to_json, write_json
 from diffalign.data import BadRow
 from diffalign.progress import Progress
 from diffalign.recipes._judging import Refusal, asked, batched, keep_whole_lines, read_picture
-from diffalign.recipes._label_scores import Scored
 from diffalign.recipes.generate import read_manifest
+from diffalign.recipes.label._scores import Scored
 from diffalign.score_cache import scorer_fingerprint
 from diffalign.scorers._build import build_scorers, scorer_key
 from diffalign.scorers._vlm_questions import CAPTION, SLOT

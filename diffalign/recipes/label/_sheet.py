@@ -11,9 +11,9 @@ from diffalign._atomic import write_atomic
 from diffalign._json import finite
 from diffalign._page import render
 from diffalign._pictures import embed
-from diffalign.recipes._label_records import record_of
-from diffalign.recipes._label_scores import Scored
-from diffalign.recipes._label_survey import Entry
+from diffalign.recipes.label._records import record_of
+from diffalign.recipes.label._scores import Scored
+from diffalign.recipes.label._survey import Entry
 from diffalign.sections import Label
 
 BUDGET = 3_000_000  # characters of embedded images in each half

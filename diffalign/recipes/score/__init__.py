@@ -17,8 +17,8 @@ from diffalign._json import read_json, write_json
 from diffalign.config import Config
 from diffalign.distributed import World
 from diffalign.progress import Progress
-from diffalign.recipes._score_fill import Asker, Filler, open_cache, share
-from diffalign.recipes._score_rows import Pictures, open_pictures
+from diffalign.recipes.score._fill import Asker, Filler, open_cache, share
+from diffalign.recipes.score._rows import Pictures, open_pictures
 from diffalign.score_cache import scorer_fingerprint
 from diffalign.scorers._build import build_scorers
 from diffalign.types import Scorer, UserError

@@ -11,9 +11,9 @@ import numpy as np
 from diffalign._json import read_json, write_json
 from diffalign.config import Config, Generate
 from diffalign.distributed import World
-from diffalign.recipes._sweep_results import Scores
 from diffalign.recipes.evaluate import score_folder
 from diffalign.recipes.generate import MANIFEST, load_for_images, read_manifest, write_images
+from diffalign.recipes.sweep._results import Scores
 from diffalign.types import Scorer, UserError
 
 

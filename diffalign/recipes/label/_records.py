@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffalign import randomness
-from diffalign.recipes._label_captions import perturbed
-from diffalign.recipes._label_degrade import ladder
-from diffalign.recipes._label_rules import Choice
-from diffalign.recipes._label_scores import Scored, has_score, version_of
+from diffalign.recipes.label._captions import perturbed
+from diffalign.recipes.label._degrade import ladder
+from diffalign.recipes.label._rules import Choice
+from diffalign.recipes.label._scores import Scored, has_score, version_of
 from diffalign.sections import Label
 from diffalign.types import Record, UserError
 

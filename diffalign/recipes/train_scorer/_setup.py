@@ -16,8 +16,8 @@ from diffalign.config import Config
 from diffalign.distributed import World
 from diffalign.recipes import _run
 from diffalign.recipes._optim import build_optimizer
-from diffalign.recipes._scorer_data import Pairs, open_reader
-from diffalign.recipes._scorer_previews import Previews
+from diffalign.recipes.train_scorer._data import Pairs, open_reader
+from diffalign.recipes.train_scorer._previews import Previews
 from diffalign.scorers import _clip_files as files
 from diffalign.scorers import _preference_head as heads
 from diffalign.scorers._clip import Preprocess, Towers

@@ -24,7 +24,7 @@ from diffalign.data import BadRow, build_cache, split_holdout
 from diffalign.data._images import decode
 from diffalign.progress import Progress
 from diffalign.recipes._judging import batched, judge, keep_whole_lines
-from diffalign.recipes._scorer_loss import label_of, prompt_weights, pseudo_label
+from diffalign.recipes.train_scorer._loss import label_of, prompt_weights, pseudo_label
 from diffalign.registry import build
 from diffalign.scorers._build import build_scorers
 from diffalign.scorers._clip import Preprocess

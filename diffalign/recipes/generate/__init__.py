@@ -18,16 +18,16 @@ from diffalign.distributed import World
 from diffalign.models._user_files import FILE as USER_FILE
 from diffalign.progress import Progress
 from diffalign.recipes import _run
-from diffalign.recipes._generate_manifest import MANIFEST as MANIFEST
-from diffalign.recipes._generate_manifest import PNG_KEY, check_only, write_manifest
-from diffalign.recipes._generate_manifest import image_name as image_name
-from diffalign.recipes._generate_manifest import read_manifest as read_manifest
-from diffalign.recipes._generate_prompts import PromptSequence, digest, open_prompts
-from diffalign.recipes._generate_variants import Variant, changed, made_by, variants
 from diffalign.recipes._images import sample_images
-from diffalign.recipes._select import selection_of
-from diffalign.recipes._select_pictures import Chooser
 from diffalign.recipes._user import user_cond
+from diffalign.recipes.generate._manifest import MANIFEST as MANIFEST
+from diffalign.recipes.generate._manifest import PNG_KEY, check_only, write_manifest
+from diffalign.recipes.generate._manifest import image_name as image_name
+from diffalign.recipes.generate._manifest import read_manifest as read_manifest
+from diffalign.recipes.generate._prompts import PromptSequence, digest, open_prompts
+from diffalign.recipes.generate._select import selection_of
+from diffalign.recipes.generate._select_pictures import Chooser
+from diffalign.recipes.generate._variants import Variant, changed, made_by, variants
 from diffalign.types import UserError
 
 # prompts and numbers of one batch -> pixels [H, W, 3] and, where they were selected, what the manifest says of it

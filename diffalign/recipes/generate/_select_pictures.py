@@ -18,8 +18,8 @@ from torch import Tensor
 from diffalign.config import Sampling
 from diffalign.models._preview import decoder
 from diffalign.recipes._images import decoded, sample_latents
-from diffalign.recipes._select import KEY, Judges, Selection
-from diffalign.recipes._select_paths import Paths, Verdicts, best
+from diffalign.recipes.generate._select import KEY, Judges, Selection
+from diffalign.recipes.generate._select_paths import Paths, Verdicts, best
 from diffalign.sampling import SamplerStep
 from diffalign.sections import Generate
 from diffalign.types import UserError

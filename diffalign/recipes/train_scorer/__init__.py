@@ -24,10 +24,10 @@ from diffalign.config import Config
 from diffalign.metrics import MetricsLog
 from diffalign.progress import Progress
 from diffalign.recipes._optim import learning_rate
-from diffalign.recipes._scorer_data import PairBatch
-from diffalign.recipes._scorer_loss import pair_loss
-from diffalign.recipes._scorer_previews import time_of
-from diffalign.recipes._scorer_setup import ScorerTrainer, load_towers, save, set_up
+from diffalign.recipes.train_scorer._data import PairBatch
+from diffalign.recipes.train_scorer._loss import pair_loss
+from diffalign.recipes.train_scorer._previews import time_of
+from diffalign.recipes.train_scorer._setup import ScorerTrainer, load_towers, save, set_up
 from diffalign.scorers import _clip_files as files
 from diffalign.scorers import _preference_head as heads
 from diffalign.scorers._clip import tokenize

@@ -16,7 +16,7 @@ from diffalign.data import BadRow
 from diffalign.distributed import World
 from diffalign.progress import Progress
 from diffalign.recipes._judging import answers, batched, read_picture
-from diffalign.recipes._score_rows import Row
+from diffalign.recipes.score._rows import Row
 from diffalign.score_cache import FILE, ScoreCache, address, default_folder, image_id, versions
 from diffalign.sections import Score
 from diffalign.types import Scorer, UserError

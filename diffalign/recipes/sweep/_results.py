@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from diffalign import evaluation, fronts
 from diffalign._json import finite
 from diffalign.evaluation import Estimate, WinRate
-from diffalign.recipes._sweep_points import Setting
+from diffalign.recipes.sweep._points import Setting
 
 Scores = Mapping[str, NDArray[np.float64]]  # scorer -> [n], in the order of the prompts
 LEVEL = 0.95

@@ -15,9 +15,9 @@ from diffalign import randomness
 from diffalign._atomic import sweep, write_atomic
 from diffalign._json import to_json
 from diffalign.data import RecordWriter
-from diffalign.recipes._label_records import has_captions, images_of, record_of
-from diffalign.recipes._label_scores import Scored
-from diffalign.recipes._label_survey import Entry
+from diffalign.recipes.label._records import has_captions, images_of, record_of
+from diffalign.recipes.label._scores import Scored
+from diffalign.recipes.label._survey import Entry
 from diffalign.sections import Label
 from diffalign.sources import _votes
 

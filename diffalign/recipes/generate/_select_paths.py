@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Shaped
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffalign.recipes._select import Selection
+from diffalign.recipes.generate._select import Selection
 
 
 class Paths:

@@ -22,11 +22,11 @@ from diffalign.config import TRAINING_SECTIONS, Config
 from diffalign.data import read_prompts
 from diffalign.distributed import World
 from diffalign.recipes import _run
-from diffalign.recipes._sweep_jury import Jury
-from diffalign.recipes._sweep_points import Setting, folder_name, settings_of
-from diffalign.recipes._sweep_results import Judged, results
 from diffalign.recipes.evaluate import BASE
 from diffalign.recipes.generate import read_manifest
+from diffalign.recipes.sweep._jury import Jury
+from diffalign.recipes.sweep._points import Setting, folder_name, settings_of
+from diffalign.recipes.sweep._results import Judged, results
 from diffalign.recipes.train import run_folder, train
 from diffalign.scorers._build import build_scorers, scorer_key
 from diffalign.sweep_report import write_sweep_report

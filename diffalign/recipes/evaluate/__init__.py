@@ -20,11 +20,11 @@ from diffalign.data import Prompts, read_prompt_set
 from diffalign.distributed import World
 from diffalign.progress import Progress
 from diffalign.recipes import _run
-from diffalign.recipes._evaluate_report import Evaluated, report_data, write_grid
-from diffalign.recipes._evaluate_spread import looks_of, spread
-from diffalign.recipes._evaluate_training import Seen, kinds, run_folders, seen_by
-from diffalign.recipes._score_fill import Asker, Filler, open_cache, share
+from diffalign.recipes.evaluate._report import Evaluated, report_data, write_grid
+from diffalign.recipes.evaluate._spread import looks_of, spread
+from diffalign.recipes.evaluate._training import Seen, kinds, run_folders, seen_by
 from diffalign.recipes.generate import load_for_images, read_manifest, write_images
+from diffalign.recipes.score._fill import Asker, Filler, open_cache, share
 from diffalign.scorers._build import build_scorers
 from diffalign.types import Scorer, UserError
 

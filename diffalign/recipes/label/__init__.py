@@ -14,14 +14,14 @@ from diffalign.config import Config
 from diffalign.data import RecordWriter
 from diffalign.distributed import World
 from diffalign.progress import Progress
-from diffalign.recipes import _label_rules as rules
 from diffalign.recipes import _run
-from diffalign.recipes._label_asked import ask_all, questions_of
-from diffalign.recipes._label_queue import ballot, write_queue, write_voted
-from diffalign.recipes._label_records import has_captions, record_of, told
-from diffalign.recipes._label_scores import Scored, open_scores
-from diffalign.recipes._label_sheet import write_sheet
-from diffalign.recipes._label_survey import Survey
+from diffalign.recipes.label import _rules as rules
+from diffalign.recipes.label._asked import ask_all, questions_of
+from diffalign.recipes.label._queue import ballot, write_queue, write_voted
+from diffalign.recipes.label._records import has_captions, record_of, told
+from diffalign.recipes.label._scores import Scored, open_scores
+from diffalign.recipes.label._sheet import write_sheet
+from diffalign.recipes.label._survey import Survey
 from diffalign.sections import Label
 from diffalign.types import UserError
 

@@ -15,7 +15,7 @@ from PIL import Image
 from diffalign._atomic import atomic_path
 from diffalign._json import write_json
 from diffalign.config import Generate
-from diffalign.recipes._generate_prompts import PromptSequence
+from diffalign.recipes.generate._prompts import PromptSequence
 from diffalign.types import UserError
 
 MANIFEST = "manifest.jsonl"

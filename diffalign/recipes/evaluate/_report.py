@@ -18,9 +18,9 @@ from diffalign._statistics import holdout_accuracy
 from diffalign.config import Config
 from diffalign.evaluation import Comparison
 from diffalign.recipes import _run
-from diffalign.recipes._evaluate_spread import Spread
 from diffalign.recipes._judging import open_image
 from diffalign.recipes._stopping import ALARM_FILE
+from diffalign.recipes.evaluate._spread import Spread
 from diffalign.registry import find
 from diffalign.types import Scorer
 

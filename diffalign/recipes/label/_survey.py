@@ -13,9 +13,9 @@ import numpy as np
 
 from diffalign import preference_rules, randomness
 from diffalign.agreement import gap_tables, kappa
-from diffalign.recipes._label_records import has_captions
-from diffalign.recipes._label_rules import Choice, choices, needed_images
-from diffalign.recipes._label_scores import Group, Scored
+from diffalign.recipes.label._records import has_captions
+from diffalign.recipes.label._rules import Choice, choices, needed_images
+from diffalign.recipes.label._scores import Group, Scored
 from diffalign.sections import Label
 from diffalign.types import UserError
 
