@@ -156,7 +156,11 @@ METHODS = {
         "grpo-guard",
         64,
         16,
-        {"source": {**GROUPS, "sampling": {"num_steps": STEPS, "eta": NOISE, **EARLY}}, "train": {"batch_size": 8}},
+        {
+            "source": {**GROUPS, "sampling": {"num_steps": STEPS, "eta": NOISE, **EARLY}},
+            "objective": {"terms": [{"name": "grpo", "clip": 1e-4}, {"name": "kl", "weight": 0.004}]},
+            "train": {"batch_size": 8},
+        },
     ),
     "ddpo": Method("ddpo", 64, 16, {"source": {**GROUPS, "sampling": EARLY}, "train": {"batch_size": 8}}),
     "online-dpo": Method(
