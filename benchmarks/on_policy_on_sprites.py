@@ -145,7 +145,9 @@ METHODS = {
         8,
         {"source": {"prompts_per_round": 16, "steps_used": 5, "sampling": EARLY}, "train": {"batch_size": 4}},
     ),
-    "tree-po-normalized": _normalized("tree-po", 8, {"prompts_per_round": 16, "steps_used": 5, **EARLY_MEANS}, 4),
+    "tree-po-normalized": _normalized(
+        "tree-po", 8, {"prompts_per_round": 16, "steps_used": 5, "branch_at": 1, **EARLY_MEANS}, 4
+    ),
     "flow-grpo": Method(
         "flow-grpo",
         64,
