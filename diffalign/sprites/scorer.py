@@ -6,7 +6,7 @@
     clip    `diffalign train-scorer` on the pairs: `weights/scorer`, the scorer `sprites_clip`
     step    `diffalign train-scorer` on noisy previews of the pairs: `weights/step_scorer`, `sprites_step_aware`
 
-About ten, five, four and, with its pictures, fifty minutes of an idle core. No held-out caption is read by any of them.
+About ten, five, four and, with its pictures, ninety minutes of an idle core. No held-out caption is read by any of them.
 The shipped base's schedule was 1,500 steps long until step 685 and 1,000 from there on; `training.json` beside the
 weights says the rest.
 """
@@ -41,8 +41,9 @@ BATCH = 128  # pictures per contrastive step
 WRONG = 2  # near-miss captions per picture, beside the batch's other captions
 STEPS = 1000  # contrastive: ten minutes on one core
 PAIRS = {"rendered": 16_000, "prompts": 500, "images": 4}
-# Previews of all noise levels say little a pair: with fewer pairs the step-aware scorer learns its pairs by heart.
-STEP_PAIRS = {"rendered": 16_000, "more": 14_000, "prompts": 2000, "images": 4}
+# Previews of all noise levels say little a pair: with fewer pairs the step-aware scorer learns its pairs by heart. Most
+# are of the model's own pictures, whose faults are harder to see than those of wrong renderings.
+STEP_PAIRS = {"rendered": 16_000, "prompts": 5000, "images": 4}
 SAVE_EVERY_S = 120.0
 
 
@@ -142,12 +143,11 @@ def make_pairs(work: Path, seed: int) -> None:
 
 
 def make_step_pairs(work: Path, seed: int) -> None:
-    """`work/step-pairs/*.parquet`: more of both."""
+    """`work/step-pairs/*.parquet`: more of the model's own."""
     command("generate", "sprites-sdxl", f"generate.out={work / 'step-images'}", *of_images(STEP_PAIRS, seed))
     pairs = {
         "generated": generated_pairs(work / "step-images"),
         "rendered": rendered_pairs(STEP_PAIRS["rendered"], seed),
-        "rendered-1": rendered_pairs(STEP_PAIRS["more"], seed + 1),
     }
     _write(work / "step-pairs", pairs)
 
@@ -218,11 +218,11 @@ CLIP_SETTINGS = [
     *("train_scorer.precision=bf16", "train_scorer.device=cpu", "train_scorer.validate_pairs=500", "log.trackers=[]"),
 ]
 STEP_SETTINGS = [
-    *("train_scorer.step_aware=true", "train_scorer.cfg_scale=1", "train_scorer.lr=5e-6"),
-    *("train_scorer.modulation_lr=1e-3", "train_scorer.lr_schedule=cosine", "train_scorer.steps=400"),
-    *("train_scorer.batch_size=64", "train_scorer.warmup_steps=30", "train_scorer.weight_decay=0.01"),
-    "train_scorer.validate_every=100",
-    *("train_scorer.validate_pairs=600", "train_scorer.holdout=0.03", "train_scorer.checkpoint_every=50"),
+    *("train_scorer.step_aware=true", "train_scorer.cfg_scale=1", "train_scorer.prompt_weights=false"),
+    *("train_scorer.lr=3e-5", "train_scorer.modulation_lr=1e-3", "train_scorer.lr_schedule=cosine"),
+    *("train_scorer.steps=1000", "train_scorer.batch_size=64", "train_scorer.warmup_steps=30"),
+    *("train_scorer.weight_decay=0.01", "train_scorer.validate_every=100", "train_scorer.validate_pairs=1000"),
+    *("train_scorer.holdout=0.03", "train_scorer.checkpoint_every=50"),
     *("train_scorer.precision=bf16", "train_scorer.device=cpu", "log.trackers=[]"),
 ]
 
