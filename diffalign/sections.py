@@ -26,6 +26,7 @@ class Train:
     warmup_steps: int = 0
     optimizer: Literal["adamw", "adamw8bit", "adafactor"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)
+    adam_eps: float = 1e-8  # of adamw and adamw8bit; gradients that are not well above it move nothing
     weight_decay: float = 0.01
     max_grad_norm: float | None = 1.0
     ema: float = 0.0  # decay per step of the exported weights' moving average; 0 is off
@@ -46,6 +47,8 @@ class Train:
                 raise UserError(f"train.{name} must be at least 1 (got {getattr(self, name)})")
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise UserError(f"train.micro_batch_size must be at least 1 (got {self.micro_batch_size})")
+        if not self.adam_eps > 0:
+            raise UserError(f"train.adam_eps must be positive (got {self.adam_eps})")
         if not 0 <= self.ema < 1:
             raise UserError(f"train.ema must lie in [0, 1) (got {self.ema})")
 

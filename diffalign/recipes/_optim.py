@@ -44,9 +44,36 @@ def build_optimizer(config: Train, parameters: list[Tensor] | list[dict[str, Any
         import bitsandbytes
 
         return bitsandbytes.optim.AdamW8bit(
-            parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+            parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, eps=config.adam_eps
         )
-    return torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
+    return torch.optim.AdamW(
+        parameters,
+        lr=config.lr,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        eps=config.adam_eps,
+        fused=True,
+    )
+
+
+@torch.no_grad()
+def adam_damping(optimizer: Any) -> float | None:
+    """The part of AdamW's update that its epsilon takes away, eps / (sqrt(v) + eps), v the corrected second moment.
+
+    A mean over the weights that have had a gradient: 0 where all are far above epsilon, 1 where nothing moves. None for
+    other optimizers, and before the first step. AdamW divides a loss's scale out, but only down to epsilon: a small
+    beta trains with a smaller rate, and unevenly over the layers.
+    """
+    total, count = 0.0, 0
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            if "exp_avg_sq" in state:
+                root = (state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))).sqrt()
+                moving = root[root > 0].double()
+                total += float((group["eps"] / (moving + group["eps"])).sum())
+                count += len(moving)
+    return total / count if count else None
 
 
 class Ema:

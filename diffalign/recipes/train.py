@@ -28,13 +28,16 @@ from diffalign.recipes import _exported, _run, _samples
 from diffalign.recipes._baseline import RunningBaseline
 from diffalign.recipes._fit import check_data, check_needs
 from diffalign.recipes._interrupts import Interrupts
-from diffalign.recipes._optim import Ema, build_optimizer, learning_rate
+from diffalign.recipes._optim import Ema, adam_damping, build_optimizer, learning_rate
 from diffalign.recipes._preferences import holdout_margins, holdout_metrics, preference_metrics, summarize
 from diffalign.recipes._stopping import Decision, Watch, check_stop
 from diffalign.sections import Stages
 from diffalign.types import EndpointBatch, Likelihoods, LossOutput, Setting, UserError
 
 Callback = Callable[[int, Mapping[str, float]], None]
+
+DAMPING_AT = 9  # the step after which Adam's second moments are looked at
+MAX_DAMPING = 0.1
 
 
 @dataclass(frozen=True)
@@ -203,11 +206,14 @@ def train_step(trainer: Trainer, batch: EndpointBatch, step: int) -> dict[str, f
         group["lr"] = rate
     trainer.optimizer.step()
     trainer.optimizer.zero_grad(set_to_none=True)
+    damping = adam_damping(trainer.optimizer) if step == DAMPING_AT else None
     trainer.reference.after_step(step)
     trainer.ema.update()
     gathered = world.gather({name: torch.cat([part[name] for part in collected]) for name in collected[0]})
     trainer.baseline.update(gathered)
     scalars = summarize(gathered) | {"grad_norm": float(grad_norm), "lr": rate}
+    if damping is not None:
+        scalars["adam_damping"] = damping
     if not math.isfinite(scalars["loss"]) or (not math.isfinite(scalars["grad_norm"]) and world.precision != "fp16"):
         raise FloatingPointError(
             f"loss {scalars['loss']} and gradient norm {scalars['grad_norm']} at step {step}: lower train.lr or"
@@ -293,6 +299,8 @@ def _train(trainer: Trainer, callbacks: Sequence[Callback], quiet: bool, stage: 
             for callback in callbacks:
                 callback(step, scalars)
             progress.advance(note=f"loss {scalars['loss']:.4f}")
+            if scalars.get("adam_damping", 0.0) > MAX_DAMPING and not progress.quiet:
+                progress.say(_damped(scalars["adam_damping"], train_config.adam_eps))
             if decision.alarm:
                 progress.say(f"diffalign train: alarm after step {step + 1}: {decision.alarm}")
             if decision.ends:
@@ -300,6 +308,13 @@ def _train(trainer: Trainer, callbacks: Sequence[Callback], quiet: bool, stage: 
     if log is not None:
         log.close()
     return finish(trainer, watch)
+
+
+def _damped(damping: float, eps: float) -> str:
+    return (
+        f"diffalign train: warning: the gradients are so small that Adam's epsilon {eps:g} takes {100 * damping:.0f} %"
+        " of the updates away, and most of the smallest ones: raise objective.beta, or lower train.adam_eps (1e-15)"
+    )
 
 
 def _refresh(trainer: Trainer, step: int, progress: Progress) -> Mapping[str, float]:

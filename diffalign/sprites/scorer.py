@@ -6,7 +6,7 @@
     clip    `diffalign train-scorer` on the pairs: `weights/scorer`, the scorer `sprites_clip`
     step    `diffalign train-scorer` on noisy previews of the pairs: `weights/step_scorer`, `sprites_step_aware`
 
-About ten, five, four and, with its pictures, ninety minutes of an idle core. No held-out caption is read by any of them.
+About ten, five, four and, with its pictures, ninety minutes of an idle core. None reads a held-out caption.
 The shipped base's schedule was 1,500 steps long until step 685 and 1,000 from there on; `training.json` beside the
 weights says the rest.
 """

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
-from diffalign.config import resolve
+from diffalign.config import Train, resolve
 from diffalign.data import read_prompts
 from diffalign.recipes._judging import keep_whole_lines
+from diffalign.recipes._optim import adam_damping, build_optimizer
 from diffalign.recipes._run import differences, open_folder
 from diffalign.recipes.evaluate import categories_of, model_names
 from diffalign.types import UserError
@@ -69,3 +71,17 @@ def test_a_torn_line_is_cut_off(tmp_path):
     path.write_text(json.dumps({"a": 1}) + "\n" + '{"a": ')
     assert keep_whole_lines(path) == 1
     assert path.read_text() == '{"a": 1}\n'
+
+
+def test_what_adams_epsilon_takes():
+    """In closed form after one step: v is the squared gradient. Weights without gradients do not count."""
+    gradients = torch.tensor([1e-3, 1e-8, 3e-8, 0.0])
+    weights = torch.nn.Parameter(torch.zeros(4))
+    optimizer = build_optimizer(Train(adam_eps=1e-8), [weights])
+    assert adam_damping(optimizer) is None
+    weights.grad = gradients
+    optimizer.step()
+    assert adam_damping(optimizer) == pytest.approx((1e-5 + 0.5 + 0.25) / 3, rel=1e-3)
+    other = build_optimizer(Train(optimizer="adafactor"), [weights])
+    other.step()
+    assert adam_damping(other) is None

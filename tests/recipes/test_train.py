@@ -54,6 +54,21 @@ def test_starts_at_ln_2_with_margin_zero(family, precision, folder):
     assert second["holdout/num_prompts"] > 0
 
 
+def test_gradients_below_adams_epsilon_are_told(folder, capsys):
+    """A run whose beta is so small that the optimizer hears nothing of it; a lower epsilon hears it again."""
+    settings = {"train__steps": 10, "train__validate_every": 0, "objective__beta": 1e-4}
+    config = tokens("sdxl", folder, "deaf", **settings)
+    train(resolve(config))
+    told = capsys.readouterr().err
+    assert "Adam's epsilon 1e-08 takes" in told and "lower train.adam_eps" in told
+    assert read_metrics(folder / "deaf")[9]["adam_damping"] > 0.1
+    train(resolve(tokens("sdxl", folder, "hears", train__adam_eps=1e-15, **settings)))
+    assert "epsilon" not in capsys.readouterr().err
+    assert read_metrics(folder / "hears")[9]["adam_damping"] < 0.01
+    with pytest.raises(UserError, match="train.adam_eps must be positive"):
+        resolve(tokens("sdxl", folder, "none", train__adam_eps=0.0))
+
+
 @pytest.mark.parametrize("attention", ["math", "sdpa"])
 def test_starts_at_ln_2_with_every_attention_of_this_machine(attention, folder):
     go("sdxl", folder, f"attention-{attention}", model__attention=attention, train__steps=1)
