@@ -107,6 +107,13 @@ EARLY_MEANS = {"record_means": True, "sampling": {"eta": NOISE, **EARLY}}
 METHODS = {
     "d3po": Method("d3po", 64, 16, {"source": {**D3PO, "sampling": EARLY}, "train": {"batch_size": 32}}),
     "d3po-every-step": Method("d3po", 64, 16, {"source": D3PO, "train": {"batch_size": 32}}),
+    # Adam's usual epsilon, of the gradients' own size
+    "d3po-adam-1e-8": Method(
+        "d3po", 64, 16, {"source": {**D3PO, "sampling": EARLY}, "train": {"batch_size": 32, "adam_eps": 1e-8}}
+    ),
+    "d3po-every-step-adam-1e-8": Method(
+        "d3po", 64, 16, {"source": D3PO, "train": {"batch_size": 32, "adam_eps": 1e-8}}
+    ),
     "d3po-normalized": _normalized("d3po", 16, {**D3PO, **EARLY_MEANS}, 32),
     "d3po-normalized-every-step": _normalized("d3po", 16, {**D3PO, **MEANS}, 32),
     # 4 + 1 + 4 * 15 of 80 rows are one chain's and its candidates': 65/20 pictures a prompt
