@@ -107,12 +107,12 @@ EARLY_MEANS = {"record_means": True, "sampling": {"eta": NOISE, **EARLY}}
 METHODS = {
     "d3po": Method("d3po", 64, 16, {"source": {**D3PO, "sampling": EARLY}, "train": {"batch_size": 32}}),
     "d3po-every-step": Method("d3po", 64, 16, {"source": D3PO, "train": {"batch_size": 32}}),
-    # Adam's usual epsilon, of the gradients' own size
-    "d3po-adam-1e-8": Method(
-        "d3po", 64, 16, {"source": {**D3PO, "sampling": EARLY}, "train": {"batch_size": 32, "adam_eps": 1e-8}}
+    # at beta 0.1 the gradients are of the size of Adam's usual epsilon
+    "d3po-adam-1e-12": Method(
+        "d3po", 64, 16, {"source": {**D3PO, "sampling": EARLY}, "train": {"batch_size": 32, "adam_eps": 1e-12}}
     ),
-    "d3po-every-step-adam-1e-8": Method(
-        "d3po", 64, 16, {"source": D3PO, "train": {"batch_size": 32, "adam_eps": 1e-8}}
+    "d3po-every-step-adam-1e-12": Method(
+        "d3po", 64, 16, {"source": D3PO, "train": {"batch_size": 32, "adam_eps": 1e-12}}
     ),
     "d3po-normalized": _normalized("d3po", 16, {**D3PO, **EARLY_MEANS}, 32),
     "d3po-normalized-every-step": _normalized("d3po", 16, {**D3PO, **MEANS}, 32),
