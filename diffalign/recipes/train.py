@@ -313,7 +313,8 @@ def _train(trainer: Trainer, callbacks: Sequence[Callback], quiet: bool, stage: 
 def _damped(damping: float, eps: float) -> str:
     return (
         f"diffalign train: warning: the gradients are so small that Adam's epsilon {eps:g} takes {100 * damping:.0f} %"
-        " of the updates away, and most of the smallest ones: raise objective.beta, or lower train.adam_eps (1e-12)"
+        " of the updates away, and most of the smallest ones: raise objective.beta or lower train.adam_eps, and look at"
+        " train.lr again"
     )
 
 
