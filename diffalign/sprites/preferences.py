@@ -75,9 +75,10 @@ def generated_pairs(folder: Path) -> Iterator[dict[str, Any]]:
     """All pairs of each prompt's pictures in a folder that `diffalign generate` wrote."""
     with (folder / "manifest.jsonl").open() as lines:
         for _, rows in itertools.groupby(map(json.loads, lines), key=lambda row: row["prompt_id"]):
-            for first, second in itertools.combinations(list(rows), 2):
-                with Image.open(folder / first["file"]) as one, Image.open(folder / second["file"]) as two:
-                    yield pair(first["prompt"], one.convert("RGB"), two.convert("RGB"))
+            of_prompt = list(rows)
+            pictures = [Image.open(folder / row["file"]).convert("RGB") for row in of_prompt]
+            for first, second in itertools.combinations(pictures, 2):
+                yield pair(of_prompt[0]["prompt"], first, second)
 
 
 def write_pairs(path: Path, rows: Iterator[dict[str, Any]]) -> None:

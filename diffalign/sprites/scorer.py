@@ -7,8 +7,9 @@
     step    `diffalign train-scorer` on noisy previews of the pairs: `weights/step_scorer`, `sprites_step_aware`
 
 About ten, five, four and, with its pictures, ninety minutes of an idle core. None reads a held-out caption.
-The shipped base's schedule was 1,500 steps long until step 685 and 1,000 from there on; `training.json` beside the
-weights says the rest.
+The shipped base's schedule was 1,500 steps long until step 685 and 1,000 from there on; the shipped `clip` learned from
+pairs of neighbours among a prompt's pictures, where `pairs` makes all now; `training.json` beside the weights says the
+rest.
 """
 
 from __future__ import annotations
