@@ -160,9 +160,10 @@ class Cache:
         candidates = self._candidates[mine]
         shard = self._shard(chunk_path(self._latents, int(entry["chunk"])))
         names = (f"mean.{entry['bucket']}", f"std.{entry['bucket']}")
-        start = int(entry["start"]) + flip * num
-        self._check(shard.crc(names, start, num), int(entry["crc"][flip]), shard.path)
-        mean, std = (tensor(shard.rows(name, start, num)) for name in names)
+        places = [int(place) + flip for place in candidates["latents"]]
+        for place, crc in zip(places, candidates["latents_crc"][:, flip], strict=True):
+            self._check(shard.crc(names, place, 1), int(crc), shard.path)
+        mean, std = (tensor(np.concatenate([shard.rows(name, place, 1) for place in places])) for name in names)
         return Item(
             id=int(entry["id"]),
             mean=mean,

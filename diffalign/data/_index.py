@@ -20,7 +20,7 @@ from diffalign.data._text import CRCS, TextStore
 
 logger = logging.getLogger("diffalign.data")
 
-FORMAT = 2  # of all files of the cache; part of every key
+FORMAT = 3  # of all files of the cache; part of every key
 POLL = 0.2  # seconds between looks at what other ranks wrote
 PATIENCE = 60.0  # seconds between lines about waiting for them
 
@@ -31,15 +31,15 @@ INDEX = np.dtype(
         ("row", "<i8"),  # of the reader
         ("first", "<i8"),  # of its rows in candidates.npy
         ("chunk", "<i4"),
-        ("start", "<i4"),  # first row in the chunk's tensors
         ("bucket", "<i2"),
         ("num", "<i2"),  # candidates
-        ("crc", "<u4", (2,)),  # of the latents, by flip
     ]
 )
 CANDIDATES = np.dtype(
     [
         ("utility", "<f8"),
+        ("latents", "<i4"),  # row in the chunk's tensors; the mirrored image's is the next
+        ("latents_crc", "<u4", (2,)),  # by flip; the second says nothing where nothing is mirrored
         ("text_shard", "<i4"),
         ("text_row", "<i4"),
         ("text_crc", "<u4"),
@@ -96,12 +96,15 @@ def _rows_of(
     records: list[tuple[Any, ...]] = []
     candidates: list[tuple[Any, ...]] = []
     for record in info["records"]:
-        place = (record["id"], record["prompt"], record["row"], first + len(candidates), number, record["start"])
-        records.append((*place, record["bucket"], len(record["utility"]), tuple((record["crc"] * 2)[:2])))
+        place = (record["id"], record["prompt"], record["row"], first + len(candidates), number)
+        records.append((*place, record["bucket"], len(record["utility"])))
+        latents_crcs = info["crc"][str(record["bucket"])]
         for k, caption in enumerate(record["captions"]):
-            shard, row = places[caption]
-            original, crop = tuple(record["original"][k]), tuple(record["crop"][k])
-            candidates.append((record["utility"][k], shard, row, crcs[caption], original, crop))
+            at = record["latents"][k]
+            latents = (at, tuple((latents_crcs[at : at + 2] * 2)[:2]))
+            text = (*places[caption], crcs[caption])
+            sizes = (tuple(record["original"][k]), tuple(record["crop"][k]))
+            candidates.append((record["utility"][k], *latents, *text, *sizes))
     return np.array(records, INDEX), np.array(candidates, CANDIDATES)
 
 

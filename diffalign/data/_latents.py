@@ -1,13 +1,15 @@
 """The latents sub-cache: chunks of records, each encoded once and written whole.
 
 A chunk covers a fixed range of the reader's rows, so which rank builds it, and whether a killed build did, changes
-nothing about its bytes. The rows of a record lie together: K candidates, then the K mirrored ones.
+nothing about its bytes. An image that several records of a chunk share (all pairs of a prompt's images) is encoded and
+stored once, its mirrored version in the row after it; records say which row each of their candidates is.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -75,34 +77,25 @@ def prepared_rows(reader: Any, rows: Iterable[int], plan: Plan, ahead: int) -> I
                     outcome.cancel()
 
 
-def encode_record_rows(
-    encoder: Encoder, items: Sequence[Prepared], plan: Plan, batch_size: int
-) -> list[tuple[Tensor, Tensor]]:
-    """(mean, std) [F K C h w] of each record of one bucket; F is 2 with the mirrored images."""
-    views = []
-    for item in items:
-        views += [item.pixels, item.pixels.flip(-1)] if plan.flip else [item.pixels]
-    pixels = torch.cat(views)
+def _encoded(encoder: Encoder, pixels: Sequence[Tensor], plan: Plan, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Mean and std of images of one size, every image's mirrored version after it where the plan has those."""
+    views = [view for image in pixels for view in ([image, image.flip(-1)] if plan.flip else [image])]
     parts = [
-        encode_pixels(encoder, pixels[at : at + batch_size], plan.dtype) for at in range(0, len(pixels), batch_size)
+        encode_pixels(encoder, torch.stack(views[at : at + batch_size]), plan.dtype)
+        for at in range(0, len(views), batch_size)
     ]
-    lengths = [plan.num_flips * len(item.pixels) for item in items]
-    means = torch.cat([mean for mean, _ in parts]).split(lengths)
-    stds = torch.cat([std for _, std in parts]).split(lengths)
-    return [
-        (mean.unflatten(0, (plan.num_flips, -1)), std.unflatten(0, (plan.num_flips, -1)))
-        for mean, std in zip(means, stds, strict=True)
-    ]
+    return torch.cat([mean for mean, _ in parts]), torch.cat([std for _, std in parts])
 
 
 class _Chunk:
-    """Collects the records of one chunk, bucket by bucket, encoding as soon as a batch is full."""
+    """Collects the records of one chunk, encoding a bucket's images as soon as a batch is full."""
 
     def __init__(self, encoder: Encoder, plan: Plan, batch_size: int) -> None:
         self._encoder, self._plan, self._batch_size = encoder, plan, batch_size
-        self._pending: dict[int, list[tuple[int, Prepared]]] = {}
-        self._rows: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        self._starts: dict[int, int] = {}
+        self._places: dict[tuple[int, bytes], int] = {}  # bucket and digest of an image: its row in the bucket
+        self._num: Counter[int] = Counter()  # rows of a bucket
+        self._pending: dict[int, list[Tensor]] = {}
+        self._encoded: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self._captions: dict[str, int] = {}
         self.records: list[dict[str, Any]] = []
         self.bad: list[dict[str, Any]] = []
@@ -111,66 +104,63 @@ class _Chunk:
         if isinstance(outcome, BadRow):
             self.bad.append(outcome.entry())
             return
-        pending = self._pending.setdefault(outcome.bucket, [])
-        pending.append((row, outcome))
-        record = outcome.record
-        for k in range(len(record.images)):
-            self._captions.setdefault(record.caption(k), len(self._captions))
-        if sum(self._plan.num_flips * len(item.pixels) for _, item in pending) >= self._batch_size:
-            self._encode(outcome.bucket)
+        record, bucket = outcome.record, outcome.bucket
+        self.records.append(
+            {
+                "row": row,
+                "id": record.id,
+                "prompt": prompt_key(record.prompt),
+                "captions": [
+                    self._captions.setdefault(record.caption(k), len(self._captions)) for k in range(len(record.images))
+                ],
+                "utility": list(record.utility),
+                "scores": {name: list(values) for name, values in record.scores.items()},
+                "bucket": bucket,
+                "latents": [self._place(bucket, *image) for image in zip(record.images, outcome.pixels, strict=True)],
+                "original": outcome.original.tolist(),
+                "crop": outcome.crop.tolist(),
+            }
+        )
+        if self._plan.num_flips * len(self._pending.get(bucket, ())) >= self._batch_size:
+            self._encode(bucket)
+
+    def _place(self, bucket: int, data: bytes, pixels: Tensor) -> int:
+        """The image's row, a new one if this chunk has not met it in this bucket."""
+        image = (bucket, hashlib.blake2b(data, digest_size=16).digest())
+        if image not in self._places:
+            self._places[image] = self._num[bucket]
+            self._num[bucket] += self._plan.num_flips
+            self._pending.setdefault(bucket, []).append(pixels)
+        return self._places[image]
 
     def _encode(self, bucket: int) -> None:
-        pending = self._pending.pop(bucket)
-        encoded = encode_record_rows(self._encoder, [item for _, item in pending], self._plan, self._batch_size)
-        for (row, item), (mean, std) in zip(pending, encoded, strict=True):
-            start, num = self._starts.get(bucket, 0), len(item.pixels)
-            self._starts[bucket] = start + self._plan.num_flips * num
-            self._rows.setdefault(bucket, []).append((mean.flatten(0, 1), std.flatten(0, 1)))
-            record = item.record
-            self.records.append(
-                {
-                    "row": row,
-                    "id": record.id,
-                    "prompt": prompt_key(record.prompt),
-                    "captions": [self._captions[record.caption(k)] for k in range(num)],
-                    "utility": list(record.utility),
-                    "scores": {name: list(values) for name, values in record.scores.items()},
-                    "bucket": bucket,
-                    "start": start,
-                    "original": item.original.tolist(),
-                    "crop": item.crop.tolist(),
-                    "crc": [crc_of(mean[flip], std[flip]) for flip in range(self._plan.num_flips)],
-                }
-            )
+        encoded = _encoded(self._encoder, self._pending.pop(bucket), self._plan, self._batch_size)
+        self._encoded.setdefault(bucket, []).append(encoded)
 
     def finish(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and info of the file."""
         for bucket in sorted(self._pending):
             self._encode(bucket)
-        tensors = {}
-        for bucket, rows in self._rows.items():
-            tensors[f"mean.{bucket}"] = torch.cat([mean for mean, _ in rows])
-            tensors[f"std.{bucket}"] = torch.cat([std for _, std in rows])
-        records = sorted(self.records, key=lambda record: record["row"])
-        return tensors, {"records": records, "captions": list(self._captions), "bad": self.bad}
+        tensors, crcs = {}, {}
+        for bucket, parts in self._encoded.items():
+            mean, std = (torch.cat(rows) for rows in zip(*parts, strict=True))
+            tensors[f"mean.{bucket}"], tensors[f"std.{bucket}"] = mean, std
+            crcs[str(bucket)] = [crc_of(*row) for row in zip(mean, std, strict=True)]
+        return tensors, {"records": self.records, "crc": crcs, "captions": list(self._captions), "bad": self.bad}
 
 
-def is_valid(path: Path, key: str, num_flips: int) -> bool:
+def is_valid(path: Path, key: str) -> bool:
     """Whether a chunk is there, belongs to `key`, and all its bytes are as they were written."""
     try:
         shard = Shard(path)
         info = shard.info
-        if info["key"] != key:
-            return False
-        for record in info["records"]:
-            bucket, num = record["bucket"], len(record["utility"])
-            for flip in range(num_flips):
-                found = shard.crc((f"mean.{bucket}", f"std.{bucket}"), record["start"] + flip * num, num)
-                if found != record["crc"][flip]:
-                    return False
+        return info["key"] == key and all(
+            shard.crc((f"mean.{bucket}", f"std.{bucket}"), row, 1) == crc
+            for bucket, crcs in info["crc"].items()
+            for row, crc in enumerate(crcs)
+        )
     except (DamagedFile, KeyError, ValueError, AssertionError):
         return False
-    return True
 
 
 def build_latents(
@@ -192,7 +182,7 @@ def build_latents(
         UserError: the disk is full, latents that are not finite, or a bad row where the reader refuses them.
     """
     mine = range(rank, num_chunks(len(reader)), world_size)
-    todo = [number for number in mine if not is_valid(chunk_path(folder, number), key, plan.num_flips)]
+    todo = [number for number in mine if not is_valid(chunk_path(folder, number), key)]
     spans = {number: range(number * CHUNK, min((number + 1) * CHUNK, len(reader))) for number in todo}
     rows = (row for number in todo for row in spans[number])
     total = sum(len(span) for span in spans.values())

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from diffalign.data import BadRow, Cache, OnTheFly, Report, _latents, _text, build_cache, estimate_cache_bytes
-from diffalign.types import UserError
+from diffalign.types import Record, UserError
 
 SETTINGS = {"resolution": 32, "buckets": "aspect", "flip": True, "progress": False}
 
@@ -159,6 +159,22 @@ def test_each_caption_is_encoded_once_and_shared(kit, tmp_path):
     encoder.marks["text"] = "t2"  # another text encoder: new texts, the same latents
     build_cache(second, encoder, tmp_path, resolution=32, progress=False)
     assert encoder.num_images == images and encoder.num_prompts == 7 + 1 + 7
+
+
+def test_all_pairs_of_a_prompt_encode_each_image_once(kit, tmp_path, monkeypatch):
+    monkeypatch.setattr(_latents, "CHUNK", 64)
+    monkeypatch.setattr("diffalign.data._build.CHUNK", 64)
+    images = [kit.picture(seed) for seed in range(4)]
+    wide = kit.picture(9, (32, 128))
+    pairs = [(images[i], images[j]) for i in range(4) for j in range(i)] + [(images[0], wide)]
+    records = [Record(number, "prompt", pair, (1.0, 0.0)) for number, pair in enumerate(pairs)]
+    encoder = kit.Encoder()
+    cache = build_cache(kit.ListReader(records), encoder, tmp_path, dtype="float32", batch_size=3, **SETTINGS)
+    in_two_buckets = 1  # beside a wide one, the first image is cropped otherwise
+    assert len(cache.bucket_counts) == 2 and encoder.num_images == 2 * (4 + 1 + in_two_buckets)
+    fly = OnTheFly(kit.ListReader(records), kit.Encoder(), dtype="float32", **SETTINGS)
+    for rows, flips in requests(cache):
+        assert_equal(cache.batch(rows, flips), fly.batch(rows, flips))
 
 
 def test_a_second_build_does_nothing(kit, tmp_path):
@@ -349,7 +365,8 @@ def test_memory_stays_flat(kit, tmp_path, monkeypatch):
             return self.num
 
         def __getitem__(self, index):
-            return type(base)(index, f"prompt {index % 300}", base.images, base.utility)
+            images = tuple(image + b"%d" % index for image in base.images)  # all different: decoders stop before it
+            return type(base)(index, f"prompt {index % 300}", images, base.utility)
 
     def peak(num):
         reader = Many([], f"{num}")
