@@ -3,14 +3,17 @@
     python benchmarks/on_policy_on_sprites.py                          # all, on sprites-sdxl, three seeds
     python benchmarks/on_policy_on_sprites.py --model sprites-sd3 --methods d3po spo
     python benchmarks/on_policy_on_sprites.py --table                  # what is there, as Markdown
+    python benchmarks/on_policy_on_sprites.py --paired foreign-dpo own-dpo   # their difference, from the runs' folders
 
 Every method may take as many rows of the network for sampling as `--images` pictures cost (20 steps), on prompts of
 two objects, judged by the gold judge. All have one learning rate and schedule (a hundred pictures for tuning told rates
 apart no better than chance, and more would cost more than the runs), every seed is trained and measured on held-out
 prompts, with the base's noise.
 Offline DPO samples its pictures from the base beforehand and trains on all pairs of them for as many optimizer steps as
-its row says; `offline-dpo-seconds` goes on as long as the slowest method took. SePPO and its relatives (`RIVALS`) learn
-from offline DPO's pairs and sample a rival for each record on top of them: their row says how many pictures.
+its row says; `offline-dpo-seconds` goes on as long as the slowest method took. SePPO and its relatives learn from
+offline DPO's pairs and sample a rival for each record on top of them: their row says how many pictures. In the rows
+`rendered` the records are datasets_prep/sprites.py's, whose winners are better than what the model makes, as in SePPO's
+paper.
 Seconds are of the processor, so that other work on the machine does not count.
 
 SPO judges previews, for which the exact judge of finished pictures is a poor one (`spo-gold`): its row is judged by the
@@ -26,11 +29,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from methods_on_sprites import GOLD, SCORERS, diversity, pictures, sampling, with_adapter
@@ -48,10 +53,8 @@ from diffalign.sprites.scene import prompts
 
 STEPS = 20  # of the sampler, in training
 NUM_SEEDS_SAMPLED = 2  # pictures per final prompt
-RIVALS = ("seppo", "seppo-draws", "seppo-no-flip", "sspo", "reward-po", "hypo")
 TRAIN_PROMPTS = "sprites:train:400:two"
-OFFLINE = ("offline-dpo", "offline-dpo-seconds")
-RECORDED = (*OFFLINE, *RIVALS)  # learn from offline pictures
+RENDERER = Path(__file__).parents[1] / "datasets_prep" / "sprites.py"
 BETA, NOISE = "beta of the model", "noise of the model"  # in a method's sections, for a value of OF_MODEL
 # beta of likelihoods over noise levels is the demos': velocity errors exceed noise errors. The noise of steps is that
 # of ancestral sampling: DDIM's eta 1, the flow SDE's sqrt 2
@@ -64,9 +67,10 @@ class Method:
     """A shipped config, and what the small world changes in it."""
 
     config: str
-    images: int  # of a round, in pictures of STEPS steps
+    images: int  # of a round, in pictures of STEPS steps; 0 where nothing is sampled while training
     steps: int  # optimizer steps of a round
     sections: dict[str, Any]
+    records: Literal["base's", "rendered"] | None = None  # pictures it learns from besides its own
 
 
 def _pool(every: int) -> dict[str, Any]:
@@ -79,9 +83,17 @@ def _dpo(whose: str) -> Method:
     return Method("online-dpo", 64, 16, {**sections, "train": {"batch_size": 16}})
 
 
-def _rivals(config: str, **sections: Any) -> Method:
+def _rivals(config: str, records: Literal["base's", "rendered"] = "base's", **sections: Any) -> Method:
     source = {"steps_per_round": 16}
-    return Method(config, 64, 16, {"source": source, "train": {"batch_size": 8}, **sections})
+    return Method(config, 64, 16, {"source": source, "train": {"batch_size": 8}, **sections}, records)
+
+
+def _seppo(config: str, records: Literal["base's", "rendered"] = "base's", **sections: Any) -> Method:
+    return _rivals(config, records, **{"reference": _pool(16), "objective": {"beta": BETA}, **sections})
+
+
+def _offline(config: str, records: Literal["base's", "rendered"], batch_size: int, **sections: Any) -> Method:
+    return Method(config, 0, 16, {"train": {"batch_size": batch_size}, **sections}, records)
 
 
 def _normalized(config: str, steps: int, source: dict[str, Any], batch_size: int) -> Method:
@@ -118,6 +130,10 @@ METHODS = {
     "d3po-normalized-every-step": _normalized("d3po", 16, {**D3PO, **MEANS}, 32),
     # 4 + 1 + 4 * 15 of 80 rows are one chain's and its candidates': 65/20 pictures a prompt
     "spo": Method("spo", 65, 16, {"source": SPO, "train": {"batch_size": 32}}),
+    # the same from a learned scorer that is told how noisy the preview's state was
+    "spo-step-aware": Method(
+        "spo", 65, 16, {"source": {**SPO, "scorers": ["sprites_step_aware"]}, "train": {"batch_size": 32}}
+    ),
     "spo-gold": Method("spo", 65, 16, {"source": GOLD_ON_PREVIEWS, "train": {"batch_size": 32}}),
     "spo-gold-early": Method(
         "spo", 37, 16, {"source": {**GOLD_ON_PREVIEWS, "last_step": LAST}, "train": {"batch_size": 32}}
@@ -214,19 +230,23 @@ METHODS = {
         {"source": {"prompts_per_round": 32}, "train": {"batch_size": 8}}
         | {"objective": {"terms": [{"name": "pair", "beta": BETA}, EXPLORE]}},
     ),
-    "seppo": _rivals("seppo", reference=_pool(16), objective={"beta": BETA}),
+    "seppo": _seppo("seppo"),
     # the anchor's sign of eight draws in place of one, and no flip at all, which is Diffusion-DPO against the rivals
-    "seppo-draws": _rivals("seppo", reference=_pool(16), objective={"beta": BETA}, likelihood={"draws": 8}),
-    "seppo-no-flip": _rivals("seppo", reference=_pool(16), objective={"beta": BETA, "flip": "none"}),
-    "sspo": _rivals("sspo", reference=_pool(16), objective={"beta": BETA}),
+    "seppo-draws": _seppo("seppo", likelihood={"draws": 8}),
+    "seppo-no-flip": _seppo("seppo", objective={"beta": BETA, "flip": "none"}),
+    "sspo": _seppo("sspo"),
+    "seppo-rendered": _seppo("seppo", "rendered"),
+    "seppo-no-flip-rendered": _seppo("seppo", "rendered", objective={"beta": BETA, "flip": "none"}),
+    "sspo-rendered": _seppo("sspo", "rendered"),
+    "sft-rendered": _offline("sft", "rendered", 8),
     "reward-po": _rivals(
         "reward-po",
         source={"steps_per_round": 16, "scorers": [GOLD]},
         objective={"terms": [SOFT_PAIR, {"name": "sft", "candidates": [0], "weight": 1.0}]},
     ),
     "hypo": _rivals("hypo", objective={"terms": [{"name": "pair", "beta": BETA, "candidates": [0, 1]}, KL_ON_RIVALS]}),
-    "offline-dpo": Method("diffusion-dpo", 0, 0, {"objective": {"beta": BETA}, "train": {"batch_size": 16}}),
-    "offline-dpo-seconds": Method("diffusion-dpo", 0, 0, {"objective": {"beta": BETA}, "train": {"batch_size": 16}}),
+    "offline-dpo": _offline("diffusion-dpo", "base's", 16, objective={"beta": BETA}),
+    "offline-dpo-seconds": _offline("diffusion-dpo", "base's", 16, objective={"beta": BETA}),
 }
 
 
@@ -261,6 +281,14 @@ def prepare(arguments: argparse.Namespace) -> Bench:
     return Bench(arguments, root, results, final, base)
 
 
+def rendered_pairs(bench: Bench) -> Path:
+    """A right and a wrong drawing for each prompt that the others sample."""
+    out = bench.root.parent / "rendered"
+    _, split, num, kind = TRAIN_PROMPTS.split(":")
+    subprocess.run([sys.executable, RENDERER, out, "--split", split, "--num", num, "--kind", kind], check=True)
+    return out
+
+
 def offline_pairs(bench: Bench) -> Path:
     """All pairs of as many pictures as the others sample, four a prompt, from the base with the same sampler."""
     root, num = bench.offline, bench.arguments.images // 4
@@ -293,14 +321,12 @@ def config_of(bench: Bench, name: str, seed: int, out: Path) -> Config:
         "source": {"cache_dir": str(bench.root / "cache")},
         "log": {"trackers": []},
     }
-    if name in RECORDED:
-        fixed["source"] |= {
-            "data": {"path": str(bench.offline / "pairs")},
-            "prompt_dropout": 0.0,
-        }
+    if method.records:
+        records = rendered_pairs(bench) if method.records == "rendered" else bench.offline / "pairs"
+        fixed["source"] |= {"data": {"path": str(records)}, "prompt_dropout": 0.0}
     else:
         fixed["source"] |= {"prompts": TRAIN_PROMPTS, "scorers": [GOLD], "steps_per_round": method.steps}
-    if name not in OFFLINE:
+    if method.images:
         fixed["source"] |= {"sampling": SAMPLER}
     return resolve([model, method.config, fixed, _of_model(method.sections, OF_MODEL[model])])
 
@@ -314,14 +340,13 @@ def _of_model(value: Any, values: dict[str, float]) -> Any:
 
 
 def num_steps(bench: Bench, name: str) -> int:
-    """Optimizer steps: of the rounds that `--images` pays for; offline DPO's own."""
-    if name == "offline-dpo":
-        return max(1, bench.arguments.images // 64) * 16
+    """Optimizer steps: of the rounds that `--images` pays for, rounds of 64 where nothing is sampled."""
     if name == "offline-dpo-seconds":
-        slowest = max(read_json(path)["seconds"] for path in bench.results.glob("*.json") if path.stem not in OFFLINE)
+        results = [read_json(path) for path in bench.results.glob("*.json")]
+        slowest = max(row["seconds"] for row in results if METHODS[row["method"]].images)
         offline = read_json(bench.results / "offline-dpo.json")
         return max(1, int((slowest - offline["beforehand_seconds"]) / offline["seconds_per_step"]))
-    return max(1, round(bench.arguments.images / METHODS[name].images)) * METHODS[name].steps
+    return max(1, round(bench.arguments.images / (METHODS[name].images or 64))) * METHODS[name].steps
 
 
 def trained(bench: Bench, name: str, seed: int) -> Path:
@@ -366,7 +391,7 @@ def measured(bench: Bench, name: str, seed: int) -> dict[str, Any]:
 def run_method(bench: Bench, name: str) -> None:
     """Trains with every seed, writes the method's file."""
     beforehand = 0.0
-    if name in RECORDED:
+    if METHODS[name].records == "base's":
         kept = bench.offline / "seconds.json"  # of the first time, when there was something to do
         begun = time.process_time()
         offline_pairs(bench)
@@ -391,7 +416,7 @@ def run_method(bench: Bench, name: str) -> None:
         for key in ("diversity", "network_rows", "units", "steps", "clip_fraction")
     }
     training = statistics.mean(row["seconds"] for row in rows)
-    images = mean["network_rows"] / STEPS + (bench.arguments.images if name in RECORDED else 0)
+    images = mean["network_rows"] / STEPS + (bench.arguments.images if METHODS[name].records == "base's" else 0)
     write_json(
         bench.results / f"{name}.json",
         {
@@ -407,6 +432,19 @@ def run_method(bench: Bench, name: str) -> None:
             "environment": environment("cpu"),
         },
     )
+
+
+def paired(bench: Bench, first: str, second: str) -> str:
+    """How much better `first` is than `second` on the same prompts, noise and seeds; kept in results/.../paired."""
+    seeds = range(bench.arguments.seeds)
+    scores = [
+        np.concatenate([np.array(measured(bench, name, seed)["scores"][GOLD]) for seed in seeds])
+        for name in (first, second)
+    ]
+    gain = _statistics.mean_difference(*scores, bench.prompt_groups * len(seeds))
+    row = {"first": first, "second": second, "seeds": len(seeds), GOLD: [gain.mean, gain.low, gain.high]}
+    write_json(bench.results / "paired" / f"{first}-against-{second}.json", {**row, "environment": environment("cpu")})
+    return f"{first} - {second}: {gain.mean:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})"
 
 
 def table(results: Path) -> str:
@@ -438,8 +476,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/on-policy"))
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--paired", nargs=2, choices=METHODS, metavar=("METHOD", "OTHER"))
     arguments = parser.parse_args()
     results = arguments.results / f"on-policy-{arguments.model}"  # as in prepare
+    if arguments.paired:
+        print(paired(prepare(arguments), *arguments.paired))
+        return
     if not arguments.table:
         bench = prepare(arguments)
         for name in arguments.methods:
