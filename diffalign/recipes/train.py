@@ -299,7 +299,7 @@ def _train(trainer: Trainer, callbacks: Sequence[Callback], quiet: bool, stage: 
             for callback in callbacks:
                 callback(step, scalars)
             progress.advance(note=f"loss {scalars['loss']:.4f}")
-            if scalars.get("adam_damping", 0.0) > MAX_DAMPING and not progress.quiet:
+            if world.is_main and scalars.get("adam_damping", 0.0) > MAX_DAMPING:
                 progress.say(_damped(scalars["adam_damping"], train_config.adam_eps))
             if decision.alarm:
                 progress.say(f"diffalign train: alarm after step {step + 1}: {decision.alarm}")
@@ -313,8 +313,8 @@ def _train(trainer: Trainer, callbacks: Sequence[Callback], quiet: bool, stage: 
 def _damped(damping: float, eps: float) -> str:
     return (
         f"diffalign train: warning: the gradients are so small that Adam's epsilon {eps:g} takes {100 * damping:.0f} %"
-        " of the updates away, and most of the smallest ones: raise objective.beta or lower train.adam_eps, and look at"
-        " train.lr again"
+        " of the updates away, and most of the smallest ones: raise the objective's beta or weight, or lower"
+        " train.adam_eps, and look at train.lr again"
     )
 
 
