@@ -200,7 +200,7 @@ METHODS = {
         64,
         16,
         {"source": {"images_per_prompt": 4, "prompts_per_round": 16, "pairs": "all"}, "reference": _pool(16)}
-        | {"train": {"batch_size": 16}},
+        | {"objective": {"beta": BETA, "nats": BETA}, "train": {"batch_size": 16}},
     ),
     "rso": Method(
         "rso",
