@@ -102,9 +102,9 @@ def _rows_of(
         for k, caption in enumerate(record["captions"]):
             at = record["latents"][k]
             latents = (at, tuple((latents_crcs[at : at + 2] * 2)[:2]))
-            text = (*places[caption], crcs[caption])
+            embedding = (*places[caption], crcs[caption])
             sizes = (tuple(record["original"][k]), tuple(record["crop"][k]))
-            candidates.append((record["utility"][k], *latents, *text, *sizes))
+            candidates.append((record["utility"][k], *latents, *embedding, *sizes))
     return np.array(records, INDEX), np.array(candidates, CANDIDATES)
 
 

@@ -66,9 +66,13 @@ def rendered_pairs(num: int, seed: int) -> Iterator[dict[str, Any]]:
 
 def pair(text: str, first: Image.Image, second: Image.Image) -> dict[str, Any]:
     """One row as the gold judge decides; equal scores are a tie."""
-    gap = judge(first, text).score - judge(second, text).score
+    return _row(text, *((_png(picture), judge(picture, text).score) for picture in (first, second)))
+
+
+def _row(text: str, first: tuple[bytes, float], second: tuple[bytes, float]) -> dict[str, Any]:
+    gap = first[1] - second[1]
     label = 0.5 if gap == 0 else float(gap > 0)
-    return {"caption": text, "jpg_0": _png(first), "jpg_1": _png(second), "label_0": label}
+    return {"caption": text, "jpg_0": first[0], "jpg_1": second[0], "label_0": label}
 
 
 def generated_pairs(folder: Path) -> Iterator[dict[str, Any]]:
@@ -76,9 +80,11 @@ def generated_pairs(folder: Path) -> Iterator[dict[str, Any]]:
     with (folder / "manifest.jsonl").open() as lines:
         for _, rows in itertools.groupby(map(json.loads, lines), key=lambda row: row["prompt_id"]):
             of_prompt = list(rows)
+            text = of_prompt[0]["prompt"]
             pictures = [Image.open(folder / row["file"]).convert("RGB") for row in of_prompt]
-            for first, second in itertools.combinations(pictures, 2):
-                yield pair(of_prompt[0]["prompt"], first, second)
+            judged = [(_png(picture), judge(picture, text).score) for picture in pictures]
+            for first, second in itertools.combinations(judged, 2):
+                yield _row(text, first, second)
 
 
 def write_pairs(path: Path, rows: Iterator[dict[str, Any]]) -> None:
