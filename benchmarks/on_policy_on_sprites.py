@@ -238,6 +238,8 @@ METHODS = {
     "seppo-rendered": _seppo("seppo", "rendered"),
     "seppo-no-flip-rendered": _seppo("seppo", "rendered", objective={"beta": BETA, "flip": "none"}),
     "sspo-rendered": _seppo("sspo", "rendered"),
+    # what of it is fine-tuning on the winners
+    "sft": _offline("sft", "base's", 8),
     "sft-rendered": _offline("sft", "rendered", 8),
     "reward-po": _rivals(
         "reward-po",
