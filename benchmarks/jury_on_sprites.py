@@ -27,7 +27,8 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from methods_on_sprites import DPO_BETA, GOLD, NUM_SEEDS_SAMPLED, RATE, config_of, pictures, sampling, with_adapter
+from methods_data import GOLD
+from methods_on_sprites import DPO_BETA, NUM_SEEDS_SAMPLED, RATE, config_of, pictures, sampling, with_adapter
 from numpy.typing import NDArray
 
 from diffalign import _statistics, randomness

@@ -32,25 +32,23 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from methods_data import GOLD, SCORERS, data_of, labelled
+from methods_table import seconds_file, strength_of, table, table_by_flips
 from PIL import Image
 
 from diffalign import _statistics, diagnostics
 from diffalign._json import read_json, write_json
 from diffalign.config import Config, Generate, config_folder, config_names, resolve
-from diffalign.data import RecordWriter, Report, good_records
 from diffalign.distributed import World
 from diffalign.recipes._run import environment
 from diffalign.recipes.evaluate import score_folder
-from diffalign.recipes.generate import generate, read_manifest, write_images
-from diffalign.recipes.label import label
-from diffalign.recipes.score import score
+from diffalign.recipes.generate import read_manifest, write_images
 from diffalign.recipes.train import set_up, train, train_step
 from diffalign.registry import build
 from diffalign.scorers._build import build_scorers
 from diffalign.sprites.scene import prompts
 from diffalign.types import Setting
 
-GOLD, PROXY = SCORERS = ("sprites_gold", "sprites_proxy")
 RATE = 1e-3
 NUM_SEEDS_SAMPLED = 2  # pictures per final prompt
 DRAWS = 4  # noise levels per held-out pair for the likelihood columns
@@ -106,68 +104,6 @@ def offline_methods() -> list[str]:
     files = {name: config_folder() / "methods" / f"{name}.yaml" for name in config_names("methods")}
     sources = {name: yaml.safe_load(path.read_text())["source"]["name"] for name, path in files.items()}
     return [name for name, source in sources.items() if source == "offline" and name not in LEFT_OUT]
-
-
-def data_of(model: str, root: Path, num_prompts: int, flips: float) -> dict[str, Path]:
-    """Pairs, lists and single pictures of the same samples; made once."""
-    spec = f"sprites:train:{num_prompts}:two"
-    config = resolve([model, "demo", f"generate.prompts={spec}", f"score.scorers={list(SCORERS)}"])
-    images = generate(replace(config, generate=replace(config.generate, out=str(root / "images"))))
-    made = labelled(config, images, root)
-    made["singles"] = singles(made["ranking"], root / "singles")
-    made["scored"] = scored(made["all-pairs"], root / "scored")
-    if flips:
-        for kind in ("all-pairs", "singles"):
-            made[kind] = flipped(made[kind], root / f"{kind}-flipped-{flips}", flips)
-    return made
-
-
-def labelled(config: Config, images: Path, root: Path) -> dict[str, Path]:
-    """All pairs and ranked lists by the gold judge."""
-    scores = score(replace(config, score=replace(config.score, images=str(images), scorers=SCORERS)))
-    made = {}
-    for rule in ("all-pairs", "ranking"):
-        settings = replace(config.label, scores=str(scores), scorer=GOLD, rule=rule, out=str(root / rule))
-        made[rule] = label(replace(config, label=settings))
-    return made
-
-
-def singles(path: Path, out: Path) -> Path:
-    """Each picture of the lists on its own, liked where it beats its list's mean: the pictures that the pairs hold."""
-    if not (out / "done.json").is_file():
-        with RecordWriter(out) as writer:
-            for _, record in good_records(build("data", {"name": "records", "path": str(path)}), Report()):
-                mean = statistics.mean(record.utility)
-                for k, utility in enumerate(record.utility):
-                    own = {name: (values[k],) for name, values in record.scores.items()}
-                    liked = (1.0,) if utility > mean else (0.0,)
-                    images = (record.images[k],)
-                    writer.write(
-                        replace(record, id=record.id ^ (k + 1), images=images, utility=liked, scores=own, meta={})
-                    )
-        write_json(out / "done.json", {})
-    return out
-
-
-def scored(path: Path, out: Path) -> Path:
-    """The pairs with the judge's scores as utilities."""
-    if not (out / "done.json").is_file():
-        with RecordWriter(out) as writer:
-            for _, record in good_records(build("data", {"name": "records", "path": str(path)}), Report()):
-                writer.write(replace(record, utility=record.scores[GOLD]))
-        write_json(out / "done.json", {})
-    return out
-
-
-def flipped(path: Path, out: Path, share: float) -> Path:
-    """The pairs, or the single pictures, with a share of the labels turned round, each decided by its number."""
-    if not (out / "done.json").is_file():
-        with RecordWriter(out) as writer:
-            for row, record in good_records(build("data", {"name": "records", "path": str(path)}), Report()):
-                turn = np.random.default_rng([0, row]).random() < share
-                writer.write(replace(record, utility=tuple(1 - u for u in record.utility)) if turn else record)
-        write_json(out / "done.json", {"share": share})
-    return out
 
 
 def settings_of(method: str, flips: float) -> Iterator[dict[str, Any]]:
@@ -326,11 +262,6 @@ def tuned(bench: Bench, method: str, folder: Path) -> tuple[list[dict[str, Any]]
     return rows, max(range(len(rows)), key=lambda number: float(rows[number]["gold"]))
 
 
-def strength_of(result: dict[str, Any]) -> int:
-    """Which of the three a result chose."""
-    return [row["setting"] for row in result["tuning"]].index(result["setting"])
-
-
 def measured(bench: Bench, method: str, setting: dict[str, Any], folder: Path, seed: int, run: Path) -> dict[str, Any]:
     """One seed's run on the final prompts; `scores` holds every picture's, for the pooled intervals."""
     done = folder / f"seed-{seed}.json"
@@ -379,77 +310,6 @@ def run_method(bench: Bench, method: str, result: Path) -> None:
     write_json(result, facts | chosen | summary | {"runs": others, "stamp": stamp})
 
 
-COLUMNS = {
-    "method": "",
-    "strength": "which of the three the tuning chose",
-    "gold gain": "mean gold score minus the base's, 95 % bootstrap over prompts",
-    "per seed": "the same for each training seed",
-    "against": "gold gain minus that of --against, paired by prompt and noise",
-    "gold wins": "share of pictures better than the base's of the same noise, ties half",
-    "proxy gain": "as gold gain, for the biased judge",
-    "drift": "mean squared distance of the predictions from the base's, in shares of the base's error",
-    "winner": "mean change of held-out winners' error, in shares of the base's error: above 0 they became less likely",
-    "loser": "the same of the losers",
-    "accuracy": "implicit preference accuracy on held-out pairs",
-    "diversity": "effective number of pictures among a prompt's two",
-    "ms": "processor time of a training step of 32 pictures, where --seconds measured it",
-}
-
-
-STRENGTH_NAMES = ("low", "mid", "high")
-
-
-def with_interval(mean: float, low: float, high: float) -> str:
-    """As the tables print it."""
-    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
-
-
-def difference(result: dict[str, Any] | None, other: dict[str, Any] | None) -> str:
-    """Gold gain minus the other's, paired by prompt; empty without another one."""
-    more = excess(result, other)
-    return "" if more is None else paired(more, np.zeros(len(more)))
-
-
-def excess(result: dict[str, Any] | None, other: dict[str, Any] | None) -> np.ndarray | None:
-    """Each prompt's gold score minus the other's; none without another one."""
-    if not result or not other or result["method"] == other["method"]:
-        return None
-    return np.subtract(result[GOLD]["of_prompts"], other[GOLD]["of_prompts"])
-
-
-def paired(ours: np.ndarray, others: np.ndarray) -> str:
-    """The mean difference over prompts."""
-    more = _statistics.mean_difference(ours, others)
-    return with_interval(more.mean, more.low, more.high)
-
-
-def cells(result: dict[str, Any], other: dict[str, Any], seconds: dict[str, float]) -> list[str]:
-    """A method's row of the table; `other` is the result it is compared with, empty where there is none."""
-    gold, proxy, runs = result[GOLD], result[PROXY], result["runs"]
-    win, low, high = (100 * value for value in gold["win"])
-    mean = {key: statistics.mean(row[key] for row in runs) for key in runs[0]}
-    return [
-        result["method"],
-        STRENGTH_NAMES[strength_of(result)],
-        with_interval(*gold["gain"]),
-        " ".join(f"{value - gold['base']:+.3f}" for value in gold["of_seeds"]),
-        difference(result, other),
-        f"{win:.1f} % [{low:.1f}, {high:.1f}]",
-        f"{proxy['gain'][0]:+.3f}",
-        f"{mean['drift']:.4f}",
-        f"{mean['displacement']:+.3f}",
-        f"{mean['loser_displacement']:+.3f}",
-        f"{100 * mean['implicit_accuracy']:.0f} %",
-        f"{mean['diversity']:.3f}",
-        f"{1000 * seconds[result['method']]:.0f}" if result["method"] in seconds else "",
-    ]
-
-
-def seconds_file(folder: Path) -> Path:
-    """Beside the folder of results."""
-    return folder.with_name(f"{folder.name}-seconds.json")
-
-
 def time_steps(bench: Bench, methods: Sequence[str], path: Path) -> None:
     """Processor time of a step of each method (its median over ten), which other work on the machine hardly changes."""
     seconds: dict[str, float] = {}
@@ -467,49 +327,6 @@ def time_steps(bench: Bench, methods: Sequence[str], path: Path) -> None:
         seconds[method] = statistics.median(times[2:])
         print(f"{method:18s} {1000 * seconds[method]:.0f} ms", flush=True)
     write_json(path, {"seconds_per_step": seconds, "stamp": environment(str(World("auto", "auto").device))})
-
-
-def table(folder: Path, against: str) -> str:
-    """Markdown of all results there, best gold gain first, compared with that of `against`."""
-    results = sorted((read_json(path) for path in folder.glob("*.json")), key=lambda r: -r[GOLD]["gain"][0])
-    seconds = read_json(seconds_file(folder)).get("seconds_per_step", {})
-    other: dict[str, Any] = next((result for result in results if result["method"] == against), {})
-    rows = [list(COLUMNS), ["---"] * len(COLUMNS), *(cells(result, other, seconds) for result in results)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def table_by_flips(results: Path, against: str) -> str:
-    """Markdown of the methods measured on wrong labels too; `results` are those of right ones.
-
-    Columns: gold gain by share of wrong labels; the same minus that of `against` on the same labels; how much of this
-    difference came with the wrong labels; accuracy and drift by share.
-    """
-    folders = {0.0: results}
-    for folder in results.parent.glob(f"{results.name}-flips-*"):
-        folders[float(folder.name.rpartition("-")[2])] = folder
-    shares = sorted(folders)
-    found = [{path.stem: read_json(path) for path in sorted(folders[share].glob("*.json"))} for share in shares]
-    header = ["method", "strength"]
-    for column, first in (("gold gain", 0), (f"against {against}", 0), ("of this by wrong labels", 1)):
-        header += [f"{column}, {100 * share:.0f} %" for share in shares[first:]]
-    rows = [header + ["accuracy", "drift"]]
-    rows.append(["---"] * len(rows[0]))
-    for method in dict.fromkeys(method for there in found[1:] for method in there):
-        ours, others = ([there.get(name) for there in found] for name in (method, against))
-        measured = [result for result in ours if result]
-        row = [method, " ".join(dict.fromkeys(STRENGTH_NAMES[strength_of(result)] for result in measured))]
-        row += [with_interval(*result[GOLD]["gain"]) if result else "" for result in ours]
-        row += [difference(*pair) for pair in zip(ours, others, strict=True)]
-        before = excess(ours[0], others[0])
-        for pair in zip(ours[1:], others[1:], strict=True):
-            after = excess(*pair)
-            row.append("" if before is None or after is None else paired(after, before))
-        for fact, form in (("implicit_accuracy", "{:.0%}"), ("drift", "{:.3f}")):
-            row.append(
-                " ".join(form.format(statistics.mean(run[fact] for run in result["runs"])) for result in measured)
-            )
-        rows.append(row)
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from methods_on_sprites import GOLD
+from methods_data import GOLD
 
 STEPS = 20  # of the sampler, in training
 BETA, NOISE = "beta of the model", "noise of the model"  # in a method's sections, for a value of OF_MODEL

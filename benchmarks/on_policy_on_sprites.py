@@ -38,7 +38,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from methods_on_sprites import GOLD, SCORERS, diversity, pictures, sampling, with_adapter
+from methods_data import GOLD, SCORERS
+from methods_on_sprites import diversity, pictures, sampling, with_adapter
 from on_policy_methods import METHODS, OF_MODEL, STEPS, sections_of
 
 from diffalign import _statistics
