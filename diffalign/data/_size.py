@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from diffalign.data._reader import good_records
 from diffalign.data._report import Report
 from diffalign.types import UserError
 
-SAMPLE = 8  # records looked at for the number of candidates
+SAMPLE = 32  # records looked at for the number of images
 PER_CAPTION, PER_RECORD = 64, 600  # bytes beside the numbers: index, headers
 
 
@@ -35,9 +36,12 @@ class CacheSize:
 
 
 def images_per_record(reader: Any) -> float:
-    """The mean over the first few readable records."""
-    sample = [len(record.images) for _, record in islice(good_records(reader, Report()), SAMPLE)]
-    return sum(sample) / max(len(sample), 1)
+    """The mean over the first few readable records; an image that several of them share is one."""
+    num, distinct = 0, set()
+    for _, record in islice(good_records(reader, Report()), SAMPLE):
+        num += 1
+        distinct.update(hashlib.blake2b(image, digest_size=16).digest() for image in record.images)
+    return len(distinct) / max(num, 1)
 
 
 def estimate_cache_bytes(
@@ -45,7 +49,7 @@ def estimate_cache_bytes(
 ) -> CacheSize:
     """Bytes that `build_cache` will write, from above: aspect buckets and captions shared with other sets need less.
 
-    The number of candidates per record is that of the first few readable records.
+    The number of images per record is that of the first few readable records.
 
     Raises:
         UserError: an unknown dtype.

@@ -170,6 +170,8 @@ def test_all_pairs_of_a_prompt_encode_each_image_once(kit, tmp_path, monkeypatch
     records = [Record(number, "prompt", pair, (1.0, 0.0)) for number, pair in enumerate(pairs)]
     encoder = kit.Encoder()
     cache = build_cache(kit.ListReader(records), encoder, tmp_path, dtype="float32", batch_size=3, **SETTINGS)
+    size = estimate_cache_bytes(kit.ListReader(records[:6]), encoder, resolution=32)
+    assert size.latents == pytest.approx(4 * 2 * (4 * 8 * 8) * 2 + 6 * 600)  # four images, mean and std
     in_two_buckets = 1  # beside a wide one, the first image is cropped otherwise
     assert len(cache.bucket_counts) == 2 and encoder.num_images == 2 * (4 + 1 + in_two_buckets)
     fly = OnTheFly(kit.ListReader(records), kit.Encoder(), dtype="float32", **SETTINGS)
