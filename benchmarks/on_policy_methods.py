@@ -25,8 +25,8 @@ class Method:
     records: Literal["base's", "rendered"] | None = None  # pictures it learns from besides its own
 
 
-def _pool(every: int) -> dict[str, Any]:
-    return {"name": "checkpoint_pool", "strategy": "last", "every": every, "size": 2}
+def _pool(every: int, strategy: str = "last", size: int = 2) -> dict[str, Any]:
+    return {"name": "checkpoint_pool", "strategy": strategy, "every": every, "size": size}
 
 
 def _dpo(whose: str) -> Method:
@@ -185,6 +185,9 @@ METHODS = {
     "seppo": _seppo("seppo"),
     # the anchor's sign of eight draws in place of one, and no flip at all, which is Diffusion-DPO against the rivals
     "seppo-draws": _seppo("seppo", likelihood={"draws": 8}),
+    # the same with the paper's reference, any of the last seven
+    "seppo-draws-random": _seppo("seppo", likelihood={"draws": 8}, reference=_pool(16, "random", 7)),
+    "seppo-draws-rendered": _seppo("seppo", "rendered", likelihood={"draws": 8}),
     "seppo-no-flip": _seppo("seppo", objective={"beta": BETA, "flip": "none"}),
     "sspo": _seppo("sspo"),
     "seppo-rendered": _seppo("seppo", "rendered"),

@@ -37,7 +37,8 @@ class CacheSize:
 
 def images_per_record(reader: Any) -> float:
     """The mean over the first few readable records; an image that several of them share is one."""
-    num, distinct = 0, set()
+    num = 0
+    distinct: set[bytes] = set()
     for _, record in islice(good_records(reader, Report()), SAMPLE):
         num += 1
         distinct.update(hashlib.blake2b(image, digest_size=16).digest() for image in record.images)
