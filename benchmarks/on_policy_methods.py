@@ -54,6 +54,11 @@ def _normalized(config: str, steps: int, source: dict[str, Any], batch_size: int
     return Method(config, 64, steps, {**sections, "train": {"batch_size": batch_size}})
 
 
+def _rso(reject: float) -> Method:
+    source = {"images_per_prompt": 8, "prompts_per_round": 8, "reject": reject}
+    return Method("rso", 64, 16, {"source": source, "objective": {"beta": BETA}, "train": {"batch_size": 16}})
+
+
 EXPLORE = {"name": "explore", "beta": BETA, "weight": 0.01, "candidates": [1]}
 SOFT_PAIR = {"name": "pair", "beta": BETA, "labels": "soft", "temperature": 0.1}
 KL_ON_RIVALS = {"name": "kl", "weight": 100.0, "candidates": [2]}
@@ -154,13 +159,9 @@ METHODS = {
         {"source": {"images_per_prompt": 4, "prompts_per_round": 16, "pairs": "all"}, "reference": _pool(16)}
         | {"objective": {"beta": BETA, "nats": BETA}, "train": {"batch_size": 16}},
     ),
-    "rso": Method(
-        "rso",
-        64,
-        16,
-        {"source": {"images_per_prompt": 8, "prompts_per_round": 8, "reject": 0.1}, "objective": {"beta": BETA}}
-        | {"train": {"batch_size": 16}},
-    ),
+    "rso": _rso(0.5),
+    # so sharp a tilt leaves some 140 pairs of 512 pictures, each seen 15 times
+    "rso-0.1": _rso(0.1),
     "nft": Method(
         "nft",
         64,
