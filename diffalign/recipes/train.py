@@ -38,6 +38,7 @@ Callback = Callable[[int, Mapping[str, float]], None]
 
 DAMPING_AT = 9  # the step after which Adam's second moments are looked at
 MAX_DAMPING = 0.1
+MAX_VISITS = 8  # of a round's pair: at 15 runs on the embedded SD3-architecture model diverged, at 5 they did not
 
 
 @dataclass(frozen=True)
@@ -328,6 +329,12 @@ def _refresh(trainer: Trainer, step: int, progress: Progress) -> Mapping[str, fl
     told = ", ".join(f"{name.rpartition('/')[2]} {value:.4g}" for name, value in made.items() if name.count("/") == 1)
     if not progress.quiet:
         progress.say(f"diffalign train: step {step}: {told}")
+        if made.get("rollout/visits_per_unit", 0.0) > MAX_VISITS:
+            progress.say(
+                "diffalign train: warning: this round found so few that each is learned"
+                f" {made['rollout/visits_per_unit']:.0f} times: raise source.prompts_per_round or lower"
+                " source.steps_per_round, or let more of it count (source.reject, min_margin, threshold)"
+            )
     return made
 
 

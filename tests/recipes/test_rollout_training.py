@@ -326,3 +326,17 @@ def test_two_processes_equal_one(kind, folder, monkeypatch):
     assert [row["rollout/units"] for row in read_metrics(one)[::2]] == [
         row["rollout/units"] for row in read_metrics(two)[::2]
     ]
+
+
+@pytest.mark.parametrize("steps_per_round, is_told", [(1, False), (9, True)])
+def test_a_round_learned_too_often_is_told(
+    folder: Path, steps_per_round: int, is_told: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = {"steps": 1, "sample_prompts": []}
+    made = sections(folder, f"often-{steps_per_round}", source={"steps_per_round": steps_per_round}, train=train)
+    api.train(**made)
+    (row,) = read_metrics(folder / f"often-{steps_per_round}")
+    told = capsys.readouterr().err
+    assert row["rollout/visits_per_unit"] == steps_per_round * 2 / row["rollout/units"]
+    assert ("raise source.prompts_per_round" in told) == is_told
+    assert (f"is learned {row['rollout/visits_per_unit']:.0f} times" in told) == is_told
