@@ -189,6 +189,9 @@ METHODS = {
     # the same with the paper's reference, any of the last seven
     "seppo-draws-random": _seppo("seppo", likelihood={"draws": 8}, reference=_pool(16, "random", 7)),
     "seppo-draws-rendered": _seppo("seppo", "rendered", likelihood={"draws": 8}),
+    "seppo-draws-random-rendered": _seppo(
+        "seppo", "rendered", likelihood={"draws": 8}, reference=_pool(16, "random", 7)
+    ),
     "seppo-no-flip": _seppo("seppo", objective={"beta": BETA, "flip": "none"}),
     "sspo": _seppo("sspo"),
     "seppo-rendered": _seppo("seppo", "rendered"),
