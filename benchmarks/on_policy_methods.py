@@ -87,19 +87,26 @@ METHODS = {
     "d3po-normalized-every-step": _normalized("d3po", 16, {**D3PO, **MEANS}, 32),
     # 4 + 1 + 4 * 15 of 80 rows are one chain's and its candidates': 65/20 pictures a prompt
     "spo": Method("spo", 65, 16, {"source": SPO, "train": {"batch_size": 32}}),
-    # the same from a learned scorer that is told how noisy the preview's state was
+    # the same from a learned scorer that is told how noisy the preview's state was; it also learned how sure to be, and
+    # so lets half as many pairs pass the threshold of 0.3
     "spo-step-aware": Method(
         "spo", 65, 16, {"source": {**SPO, "scorers": ["sprites_step_aware"]}, "train": {"batch_size": 32}}
+    ),
+    "spo-step-aware-0.15": Method(
+        "spo",
+        65,
+        16,
+        {"source": {**SPO, "scorers": ["sprites_step_aware"], "threshold": 0.15}, "train": {"batch_size": 32}},
     ),
     "spo-gold": Method("spo", 65, 16, {"source": GOLD_ON_PREVIEWS, "train": {"batch_size": 32}}),
     "spo-gold-early": Method(
         "spo", 37, 16, {"source": {**GOLD_ON_PREVIEWS, "last_step": LAST}, "train": {"batch_size": 32}}
     ),
-    # the exact judge on what a candidate leads to: 133/20 pictures a prompt
+    # the exact judge on what a candidate leads to: 133/20 pictures a prompt; fewer steps, as it has fewer pairs
     "spo-gold-ahead": Method(
         "spo",
         66,
-        16,
+        6,
         {
             "source": {**GOLD_ON_PREVIEWS, "prompts_per_round": 10, "last_step": LAST, "preview_steps": 4},
             "train": {"batch_size": 32},
