@@ -87,6 +87,7 @@ METHODS = {
     "d3po-normalized-every-step": _normalized("d3po", 16, {**D3PO, **MEANS}, 32),
     # 4 + 1 + 4 * 15 of 80 rows are one chain's and its candidates': 65/20 pictures a prompt
     "spo": Method("spo", 65, 16, {"source": SPO, "train": {"batch_size": 32}}),
+    "spo-0.15": Method("spo", 65, 16, {"source": {**SPO, "threshold": 0.15}, "train": {"batch_size": 32}}),
     # the same from a learned scorer that is told how noisy the preview's state was; it also learned how sure to be, and
     # so lets half as many pairs pass the threshold of 0.3
     "spo-step-aware": Method(
