@@ -101,9 +101,9 @@ METHODS = {
     ),
     "spo-gold": Method("spo", 65, 16, {"source": GOLD_ON_PREVIEWS, "train": {"batch_size": 32}}),
     "spo-gold-early": Method(
-        "spo", 37, 16, {"source": {**GOLD_ON_PREVIEWS, "last_step": LAST}, "train": {"batch_size": 32}}
+        "spo", 37, 6, {"source": {**GOLD_ON_PREVIEWS, "last_step": LAST}, "train": {"batch_size": 32}}
     ),
-    # the exact judge on what a candidate leads to: 133/20 pictures a prompt; fewer steps, as it has fewer pairs
+    # the exact judge on what a candidate leads to: 133/20 pictures a prompt; both have fewer steps, as they have fewer pairs
     "spo-gold-ahead": Method(
         "spo",
         66,

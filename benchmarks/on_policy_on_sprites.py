@@ -236,16 +236,31 @@ def run_method(bench: Bench, name: str) -> None:
 
 
 def paired(bench: Bench, first: str, second: str) -> str:
-    """How much better `first` is than `second` on the same prompts, noise and seeds; kept in results/.../paired."""
-    seeds = range(bench.arguments.seeds)
-    scores = [
-        np.concatenate([np.array(measured(bench, name, seed)["scores"][GOLD]) for seed in seeds])
-        for name in (first, second)
-    ]
-    gain = _statistics.mean_difference(*scores, bench.prompt_groups * len(seeds))
-    row = {"first": first, "second": second, "seeds": len(seeds), GOLD: [gain.mean, gain.low, gain.high]}
+    """How much better `first` is than `second` on the same prompts, noise and seeds; kept in results/.../paired.
+
+    Raises:
+        SystemExit: no results of one, or its runs in the folder are not those of its results.
+    """
+    num = min(read_json(bench.results / f"{name}.json").get("seeds", 0) for name in (first, second))
+    if not num:
+        raise SystemExit(f"{first} and {second} need their results first: leave --paired out")
+    scores = [np.concatenate([_gold_of_result(bench, name, seed) for seed in range(num)]) for name in (first, second)]
+    gain = _statistics.mean_difference(*scores, bench.prompt_groups * num)
+    row = {"first": first, "second": second, "seeds": num, GOLD: [gain.mean, gain.low, gain.high]}
     write_json(bench.results / "paired" / f"{first}-against-{second}.json", {**row, "environment": environment("cpu")})
     return f"{first} - {second}: {gain.mean:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})"
+
+
+def _gold_of_result(bench: Bench, name: str, seed: int) -> np.ndarray:
+    """A run's gold scores, if it is the run that the results are of: a row may have been trained anew since."""
+    run = bench.root / f"{name}-{bench.arguments.images}" / f"lr-{bench.arguments.lr:g}-seed-{seed}"
+    if not (run / "measured.json").is_file():
+        raise SystemExit(f"{name}, seed {seed}: no run in {run}")
+    scores = np.array(measured(bench, name, seed)["scores"][GOLD])
+    told = read_json(bench.results / f"{name}.json")[GOLD]["gain_of_seed"][seed]
+    if not np.isclose(scores.mean() - bench.base[GOLD].mean(), told):
+        raise SystemExit(f"{name}, seed {seed}: the run below --out is another one than that of the results")
+    return scores
 
 
 def table(results: Path) -> str:
