@@ -103,7 +103,7 @@ METHODS = {
     "spo-gold-early": Method(
         "spo", 37, 6, {"source": {**GOLD_ON_PREVIEWS, "last_step": LAST}, "train": {"batch_size": 32}}
     ),
-    # the exact judge on what a candidate leads to: 133/20 pictures a prompt; both have fewer steps, as they have fewer pairs
+    # the exact judge on what a candidate leads to: 133/20 pictures a prompt; both rows have fewer steps, as few pairs
     "spo-gold-ahead": Method(
         "spo",
         66,
