@@ -16,8 +16,8 @@ offline DPO's pairs and sample a rival for each record on top of them: their row
 paper.
 Seconds are of the processor, so that other work on the machine does not count.
 
-SPO judges previews: `spo` by the learned `sprites_clip`, `spo-step-aware` by one that is told the time, `spo-gold` by the
-exact judge of finished pictures. Controls: `spo-winner` goes on from the winner instead of a random candidate,
+SPO judges previews: `spo` by the learned `sprites_clip`, `spo-step-aware` by one that is told the time, `spo-gold` by
+the exact judge of finished pictures. Controls: `spo-winner` goes on from the winner instead of a random candidate,
 `own-dpo` and `foreign-dpo` differ in whose pictures they learn from alone; `d3po` propagates a picture's label to all
 its steps, while `spo` labels each step.
 
