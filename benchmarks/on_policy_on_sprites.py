@@ -74,6 +74,10 @@ class Bench:
         """Pictures and pairs that were sampled beforehand."""
         return self.root / f"offline-{self.arguments.images}"
 
+    def folder(self, name: str, seed: int) -> Path:
+        """What one run keeps."""
+        return self.root / f"{name}-{self.arguments.images}" / f"lr-{self.arguments.lr:g}-seed-{seed}"
+
     @property
     def prompt_groups(self) -> list[str]:
         """The prompt of every final picture."""
@@ -152,7 +156,7 @@ def num_steps(bench: Bench, name: str) -> int:
 
 def trained(bench: Bench, name: str, seed: int) -> Path:
     """The folder of one run, trained and timed if it was not."""
-    folder = bench.root / f"{name}-{bench.arguments.images}" / f"lr-{bench.arguments.lr:g}-seed-{seed}"
+    folder = bench.folder(name, seed)
     if not (folder / "seconds.json").is_file():
         begun = time.process_time()
         train(config_of(bench, name, seed, folder / "run"), quiet=True)
@@ -253,9 +257,8 @@ def paired(bench: Bench, first: str, second: str) -> str:
 
 def _gold_of_result(bench: Bench, name: str, seed: int) -> np.ndarray:
     """A run's gold scores, if it is the run that the results are of: a row may have been trained anew since."""
-    run = bench.root / f"{name}-{bench.arguments.images}" / f"lr-{bench.arguments.lr:g}-seed-{seed}"
-    if not (run / "measured.json").is_file():
-        raise SystemExit(f"{name}, seed {seed}: no run in {run}")
+    if not (bench.folder(name, seed) / "measured.json").is_file():
+        raise SystemExit(f"{name}, seed {seed}: no run in {bench.folder(name, seed)}")
     scores = np.array(measured(bench, name, seed)["scores"][GOLD])
     told = read_json(bench.results / f"{name}.json")[GOLD]["gain_of_seed"][seed]
     if not np.isclose(scores.mean() - bench.base[GOLD].mean(), told):
